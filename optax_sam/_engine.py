@@ -1,0 +1,302 @@
+r"""The sharpness-aware step, :math:`\text{ascent} \times \text{base}`.
+
+1. Clean pass: losses and gradient at :math:`w`.
+2. The ascent turns the clean gradient into a displacement :math:`\varepsilon`.
+3. Perturbed pass: the gradient at :math:`w + \varepsilon`.
+4. The base optimizer turns that gradient into the update of :math:`w`.
+
+Nothing here knows a method: each is an ascent, an ordinary gradient transformation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _protocol, _tree
+
+
+def sharpness_aware(
+    base: optax.GradientTransformation, ascent: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    r"""Descends along the gradient at the point that an ascent leads to.
+
+    .. math::
+      \varepsilon_t = \text{ascent}(\nabla f(w_t)), \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    The ascent's output points uphill: it is added to the parameters as it is. Leaves
+    that the ascent gives back as `optax.MaskedNode` are not perturbed. Ascents combine
+    with :func:`optax.chain`.
+
+    A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
+    ascent's state as it was. What the base then does with the gradient at :math:`w` is
+    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Where a wrapper
+    has to go in general: what acts on the gradient that moves the parameters
+    (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
+    the base*. `optax.chain(clip, sharpness_aware(...))` clips the ascent only,
+    `optax.MultiSteps(sharpness_aware(...), k)` descends along the last of `k`
+    gradients, and inside `optax.masked` the step is refused.
+
+    Args:
+      base: The optimizer that moves the parameters, any Optax transformation.
+      ascent: The transformation of the clean gradient into :math:`\varepsilon`, such as
+        :func:`optax_sam.scale_to_radius`.
+
+    Returns:
+      A transformation whose update is called as
+      `update(grads, state, params, *, loss_fn, batch, grad_fn, losses, pullback)`:
+
+      * `grads`: the clean gradient of the mean loss, a tree like `params`.
+      * `params`: pytree of floating-point arrays of any shapes. They are not modified.
+      * `loss_fn` and `batch`: `loss_fn(params, batch)` returns the losses of the
+        examples, shape `[B]`, or their mean as a scalar.
+      * `grad_fn`: optional, `grad_fn(params)` replaces the gradient of the mean of
+        `loss_fn` in the perturbed pass; then `loss_fn` is not needed.
+      * `losses`, `pullback`: optional, the clean losses `[B]` and the function
+        `weights[B] -> gradient of sum(weights * losses)`, for ascents that weight
+        examples.
+
+      All of these reach the ascent. The base gets every other extra argument, and of
+      these only what its update spells out by name. :func:`value_and_update` makes the
+      call with all of them. Updates have the dtypes that the base gives them.
+
+    Raises:
+      TypeError: If `base` or `ascent` is no transformation; in init and update, if a
+        parameter is not real floating point or `loss_fn` cannot be called or returns
+        no array.
+      ValueError: In update, if `params`, or `loss_fn` and `batch` as well as `grad_fn`,
+        are missing, or if losses or gradients have the wrong shape.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.sharpness_aware(
+      ...     optax.sgd(0.1), optax_sam.scale_to_radius(rho=0.5)
+      ... )
+      >>> params = jnp.array([3.0, 4.0])
+      >>> grad_fn = jax.grad(lambda w: 0.5 * jnp.sum(w**2))
+      >>> updates, state = tx.update(
+      ...     grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+      ... )
+      >>> print(updates.round(3))  # -0.1 times the gradient at (3.3, 4.4)
+      [-0.33 -0.44]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+    base = _protocol.as_transformation("base", base)
+    ascent = _protocol.as_transformation("ascent", ascent)
+
+    def init_fn(params: Any) -> SharpnessAwareState:
+        _protocol.check_parameters(params)
+        return SharpnessAwareState(ascent.init(params), base.init(params))
+
+    def update_fn(
+        updates: Any,
+        state: SharpnessAwareState,
+        params: Any = None,
+        *,
+        loss_fn: Any = None,
+        batch: Any = None,
+        grad_fn: Any = None,
+        losses: Any = None,
+        pullback: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, SharpnessAwareState]:
+        _protocol.check_parameters(params)
+        _protocol.check_gradient("grads", updates, params)
+        gradient_at = _protocol.gradient_function(
+            "sharpness_aware", loss_fn, batch, grad_fn
+        )
+        extra_args |= {
+            "loss_fn": loss_fn,
+            "batch": batch,
+            "grad_fn": grad_fn,
+            "losses": losses,
+            "pullback": pullback,
+        }
+        epsilon, ascent_state = ascent.update(
+            updates, state.ascent_state, params, **extra_args
+        )
+        epsilon, ascent_state = _skip_if_not_finite(
+            updates, epsilon, ascent_state, state.ascent_state
+        )
+        gradient = gradient_at(_perturb(params, epsilon))
+        _protocol.check_gradient("grad_fn(params)", gradient, params)
+        updates, base_state = base.update(
+            gradient,
+            state.base_state,
+            params,
+            **_protocol.accepted(base.update, extra_args, withhold=_protocol.ARGUMENTS),
+        )
+        return updates, SharpnessAwareState(ascent_state, base_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of :func:`sharpness_aware`.
+
+    Attributes:
+      ascent_state: State of the ascent.
+      base_state: State of the base optimizer.
+    """
+
+    ascent_state: Any
+    base_state: Any
+
+
+def value_and_update(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, Any, Any]]:
+    r"""Makes the training step of any Optax optimizer, sharpness-aware or not.
+
+    .. math::
+      \text{value} = \frac{1}{B} \sum_{i=1}^{B} \ell_i(w), \qquad
+      \text{updates} = \text{tx}(\nabla\,\text{value})
+
+    The clean pass is linearised once, and whatever weighting of the examples a method
+    needs is pulled back through that one linearisation. Beside the step protocol (see
+    :func:`sharpness_aware`) `tx` gets `value`, `grad`, `value_fn` and `obj_fn` of the
+    clean mean loss, so that line searches and Sophia work as well.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns the losses of the examples, shape `[B]`,
+        or their mean as a scalar; with `has_aux`, a pair of that and any pytree. The
+        first of `args` is the batch; the others (a PRNG key, batch statistics) are the
+        same in both passes, so dropout draws are too.
+      tx: The optimizer.
+      has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
+        only, so batch statistics never see perturbed parameters.
+
+    Returns:
+      A function `step(params, opt_state, *args) -> (value, updates, opt_state)`.
+      `value` is the clean mean loss, a scalar in float32 or wider, or the pair of it
+      and the auxiliary data. Pass `updates` to `optax.apply_updates`.
+
+    Raises:
+      TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if
+        a parameter is not real floating point or the loss no array.
+      ValueError: In the step, if the losses have more than one axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> def loss_fn(params, batch):
+      ...     x, y = batch
+      ...     return (x @ params - y) ** 2
+      >>> tx = optax_sam.sam(optax.sgd(0.1), rho=0.05)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params = jnp.zeros(2)
+      >>> batch = (jnp.eye(2), jnp.ones(2))
+      >>> value, updates, opt_state = step(params, tx.init(params), batch)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(value, params.round(3))
+      1.0 [0.104 0.104]
+    """
+    tx = _protocol.as_transformation("tx", tx)
+    if not callable(loss_fn):
+        raise TypeError(
+            "value_and_update: loss_fn must be a function, called as "
+            f"loss_fn(params, *args); got {loss_fn!r}."
+        )
+
+    def losses_and_aux(params: Any, *args: Any) -> tuple[jax.Array, Any]:
+        out = loss_fn(params, *args)
+        if not has_aux:
+            return _protocol.check_losses(out), None
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "value_and_update: with has_aux=True loss_fn must return a pair "
+                f"(losses, aux), got {type(out).__name__}; return the pair or drop "
+                "has_aux."
+            )
+        return _protocol.check_losses(out[0]), out[1]
+
+    def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
+        _protocol.check_parameters(params)
+        losses, vjp, aux = jax.vjp(
+            lambda p: losses_and_aux(p, *args), params, has_aux=True
+        )
+
+        def pullback(weights: Any) -> Any:
+            return vjp(jnp.asarray(weights, losses.dtype))[0]
+
+        def batch_losses(params: Any, batch: Any) -> jax.Array:
+            return losses_and_aux(params, *((batch,) if args else ()), *args[1:])[0]
+
+        grads = pullback(_protocol.uniform_weights(losses))
+        value = _mean(losses)
+        batch = args[0] if args else ()
+        value_fn = _value_function(batch_losses, batch)
+        extra_args = {
+            "loss_fn": batch_losses,
+            "batch": batch,
+            "losses": losses,
+            "pullback": pullback,
+            "value": value,
+            "grad": grads,
+            "value_fn": value_fn,
+            "obj_fn": value_fn,
+        }
+        updates, opt_state = tx.update(
+            grads, opt_state, params, **_protocol.accepted(tx.update, extra_args)
+        )
+        return ((value, aux) if has_aux else value), updates, opt_state
+
+    return step
+
+
+def _perturb(params: Any, epsilon: Any) -> Any:
+    """Adds the leaves of `epsilon` that are present, in the parameters' dtypes."""
+
+    def add(e: Any, p: Any) -> Any:
+        return p if _tree.is_absent(e) else p + jnp.asarray(e, jnp.result_type(p))
+
+    return jax.tree.map(add, epsilon, params, is_leaf=_tree.is_absent)
+
+
+def _skip_if_not_finite(
+    gradient: Any, epsilon: Any, new_state: Any, old_state: Any
+) -> tuple[Any, Any]:
+    """Where the clean gradient is not finite: no perturbation, and the old state."""
+    # Only where epsilon is present: to look at the others would make XLA compute them.
+    read = _tree.map_present(lambda _, g: g, epsilon, gradient)
+    finite = jnp.isfinite(_tree.max_abs(read))
+    epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
+    state = jax.tree.map(
+        lambda new, old: new if new is old else jnp.where(finite, new, old),
+        new_state,
+        old_state,
+    )
+    return epsilon, state
+
+
+def _mean(losses: jax.Array) -> jax.Array:
+    return jnp.mean(losses, dtype=_tree.accumulator_dtype(losses.dtype))
+
+
+def _value_function(
+    loss_fn: Callable[[Any, Any], jax.Array], batch: Any
+) -> Callable[..., jax.Array]:
+    """The clean mean loss as a function of params alone, for line searches."""
+
+    # A line search hands its value_fn the extra arguments that it names, and fails on
+    # those that nobody names: hence names for all that value_and_update passes.
+    def value_fn(
+        params: Any,
+        loss_fn: Any = loss_fn,
+        batch: Any = batch,
+        losses: Any = None,
+        pullback: Any = None,
+        obj_fn: Any = None,
+    ) -> jax.Array:
+        del losses, pullback, obj_fn
+        return _mean(loss_fn(params, batch))
+
+    return value_fn

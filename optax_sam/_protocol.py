@@ -1,0 +1,195 @@
+"""The extra arguments of a sharpness-aware step, what they must be, and errors.
+
+`tx.update(grads, state, params, *, loss_fn, batch, grad_fn, losses, pullback)`:
+
+loss_fn, batch
+    `loss_fn(params, batch)` gives the losses of the examples, shape `[B]`; a scalar
+    (their mean) will do where no method asks for single examples.
+grad_fn
+    `grad_fn(params)` gives the gradient; it replaces the gradient of the mean of
+    `loss_fn` in the perturbed pass.
+losses, pullback
+    The clean losses `[B]`, and `pullback(weights[B])`, the gradient of
+    `sum(weights * losses)` at `params`. Where given, nothing runs the clean forward
+    pass again.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _tree
+
+ARGUMENTS = frozenset({"loss_fn", "batch", "grad_fn", "losses", "pullback"})
+
+
+def check_callable(name: str, fn: Any, *arguments: str) -> None:
+    """Refuses an `fn` that cannot be called with `arguments` by position."""
+    call = f"{name}({', '.join(arguments)})"
+    if not callable(fn):
+        raise TypeError(f"{name} must be a function, called as {call}; got {fn!r}.")
+    try:
+        inspect.signature(fn).bind(*arguments)
+    except ValueError:  # Some builtins have no signature: let the call decide.
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is called as {call}, which its signature "
+            f"{inspect.signature(fn)} does not allow ({error}); wrap it in a function "
+            f"of {len(arguments)} positional argument(s)."
+        ) from None
+
+
+def check_losses(losses: Any) -> jax.Array:
+    """Returns `losses` if they are per-example losses `[B]` or a scalar loss."""
+    if not isinstance(losses, jax.Array):
+        raise TypeError(
+            "loss_fn must return an array of per-example losses [B] or a scalar, got "
+            f"{type(losses).__name__}. If it returns (loss, aux), use "
+            "value_and_update(..., has_aux=True), or leave aux out of the loss_fn "
+            "given to update."
+        )
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(
+            f"loss_fn must return real floating-point losses, got {losses.dtype}; "
+            "a loss that cannot be differentiated gives no direction to ascend."
+        )
+    if losses.ndim > 1:
+        raise ValueError(
+            "loss_fn must return one loss per example, shape [B], or a scalar; got "
+            f"shape {losses.shape}. Reduce the other axes, for example with "
+            "losses.mean(axis=tuple(range(1, losses.ndim)))."
+        )
+    return losses
+
+
+def check_parameters(params: Any) -> None:
+    """Refuses parameters that cannot be perturbed, by the path of the leaf."""
+    if params is None:
+        raise ValueError(
+            "params is None: a sharpness-aware step evaluates the gradient at "
+            "params + epsilon; call tx.update(grads, state, params, ...)."
+        )
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_tree.is_absent)
+    for path, leaf in leaves:
+        where = f"params{jax.tree_util.keystr(path)}"
+        if _tree.is_absent(leaf):
+            raise ValueError(
+                f"{where} is optax.MaskedNode: inside optax.masked or optax.partition "
+                "a sharpness-aware step does not see the parameters that its loss "
+                "needs. Put it outside: sharpness_aware(optax.masked(...), ascent), "
+                "and perturb_only(mask) in the ascent."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{where} has dtype {jnp.result_type(leaf)}, which cannot be perturbed "
+                "along a real gradient; keep integer leaves out of params (beside the "
+                "batch, say), and complex ones as their real and imaginary parts."
+            )
+
+
+def check_gradient(name: str, gradient: Any, params: Any) -> None:
+    """Refuses a gradient whose tree structure or shapes are not the parameters'."""
+    expected, got = jax.tree.structure(params), jax.tree.structure(gradient)
+    if got != expected:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must have the tree structure of params, {expected}; got {got}. "
+            "Take the gradient with respect to the same tree that is passed as params."
+        )
+    for (path, p), g in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(gradient), strict=True
+    ):
+        if jnp.shape(p) != jnp.shape(g):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(g)}, its "
+                f"parameter {jnp.shape(p)}; pass one gradient entry per parameter."
+            )
+
+
+def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` with support for extra arguments, or refuses it."""
+    if not (
+        callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+    ):
+        raise TypeError(
+            f"{name} must be an Optax gradient transformation, such as "
+            f"optax.sgd(0.1); got {tx!r} of type {type(tx).__name__}."
+        )
+    return optax.with_extra_args_support(tx)
+
+
+def uniform_weights(losses: jax.Array) -> jax.Array:
+    """The weights that average `losses`: `1 / B` each, or 1 for a scalar."""
+    return jnp.full_like(losses, 1 / max(losses.size, 1))
+
+
+def gradient_function(
+    owner: str, loss_fn: Any, batch: Any, grad_fn: Any
+) -> Callable[[Any], Any]:
+    """The function `params -> gradient` that the extra arguments describe.
+
+    It is built like the clean pass of `value_and_update`, so that where parameters
+    agree, gradients do, to the last bit.
+
+    Args:
+      owner: The function that asks, for the message.
+      loss_fn: Per-example or scalar losses of `(params, batch)`, or None.
+      batch: The batch for `loss_fn`, or None.
+      grad_fn: The gradient as a function of params, or None; wins over `loss_fn`.
+
+    Returns:
+      The gradient of the mean loss as a function of params.
+
+    Raises:
+      ValueError: If neither `grad_fn` nor both `loss_fn` and `batch` are given.
+      TypeError: If one of them cannot be called as it has to be.
+    """
+    if grad_fn is not None:
+        check_callable("grad_fn", grad_fn, "params")
+        gradient: Callable[[Any], Any] = grad_fn
+        return gradient
+    for name, value in (("loss_fn", loss_fn), ("batch", batch)):
+        if value is None:
+            raise ValueError(
+                f"{owner}: update needs the gradient at params + epsilon, and {name} "
+                "is missing; call tx.update(grads, state, params, loss_fn=..., "
+                "batch=...), or pass grad_fn=..., or let optax_sam.value_and_update "
+                "make the call."
+            )
+    check_callable("loss_fn", loss_fn, "params", "batch")
+
+    def mean_gradient(params: Any) -> Any:
+        losses, vjp = jax.vjp(lambda p: check_losses(loss_fn(p, batch)), params)
+        return vjp(uniform_weights(losses))[0]
+
+    return mean_gradient
+
+
+def accepted(
+    update: Callable[..., Any],
+    extra_args: Mapping[str, Any],
+    *,
+    withhold: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The extra arguments to pass to an update function.
+
+    Args:
+      update: The update function.
+      extra_args: What there is to pass.
+      withhold: Names to pass only to an update function that spells them out.
+
+    Returns:
+      The arguments that `update` spells out and, if it takes any (`**extra_args`),
+      the others that are not withheld.
+    """
+    signature = inspect.signature(update).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+    return {
+        name: value
+        for name, value in extra_args.items()
+        if name in signature or (takes_any and name not in withhold)
+    }

@@ -1,0 +1,84 @@
+"""Arithmetic on pytrees of arrays that `optax.tree` lacks.
+
+Everything here works leaf by leaf: nothing is raveled, concatenated or sorted, so
+that sharded leaves stay where they are. A leaf that is `optax.MaskedNode` is
+*absent*: it takes part in nothing and is handed on as it is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def is_absent(node: Any) -> bool:
+    """Whether a node of a tree stands for a leaf that takes part in nothing."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def map_present(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `fn` over the leaves of `tree` that are present, with those of `rest`."""
+    return jax.tree.map(
+        lambda leaf, *others: leaf if is_absent(leaf) else fn(leaf, *others),
+        tree,
+        *rest,
+        is_leaf=is_absent,
+    )
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype to accumulate `dtype` in: the default float type or wider.
+
+    That is float32, and float64 under `jax_enable_x64`.
+    """
+    return jnp.promote_types(dtype, jnp.result_type(float))
+
+
+def upcast(tree: Any) -> Any:
+    """Casts every leaf to the dtype that its type accumulates in."""
+
+    def wide(leaf: Any) -> jax.Array:
+        return jnp.asarray(leaf, accumulator_dtype(jnp.result_type(leaf)))
+
+    return map_present(wide, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Casts every leaf of `tree` to the dtype of its counterpart in `like`."""
+    return map_present(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
+
+
+def max_abs(tree: Any) -> jax.Array:
+    """The largest absolute value in a tree, NaN if there is one; 0 if it is empty."""
+    largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(upcast(tree))]
+    return functools.reduce(jnp.maximum, largest, jnp.zeros([]))
+
+
+def scale_to_norm(tree: Any, norm: Any) -> Any:
+    r"""Scales a tree to a global Euclidean norm: :math:`\text{norm} \cdot x / \|x\|`.
+
+    Dividing by the largest absolute value first leaves entries in [-1, 1] of norm 1 or
+    more: no square overflows, none that matters underflows, and the scale of `tree`
+    drops out whatever it is.
+
+    Args:
+      tree: Pytree of real arrays of any shapes.
+      norm: Scalar, the norm of the result.
+
+    Returns:
+      The scaled tree, in the dtypes the leaves accumulate in. Zeros if `tree` is all
+      zeros; not finite if `tree` is not.
+    """
+    largest = max_abs(tree)
+    # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
+    largest = jnp.where(largest == 0, 1, largest)
+    unit = map_present(lambda x: x / largest, upcast(tree))
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(unit)]
+    total = functools.reduce(jnp.add, squares, jnp.zeros([]))
+    # The same case: any other tree has an entry of absolute value one here.
+    total = jnp.where(total == 0, 1, total)
+    factor = norm / jnp.sqrt(total)
+    return map_present(lambda x: x * factor, unit)

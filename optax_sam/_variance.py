@@ -1,0 +1,117 @@
+"""VaSSO, variance-suppressed sharpness-aware optimization (arXiv 2309.15639)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _tree
+from optax_sam._hyperparameter import check_scalar, value_at
+
+
+def suppress_variance(
+    theta: Any, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by its moving average: the direction of VaSSO.
+
+    .. math::
+      d_0 = g_0, \qquad d_t = (1 - \theta) \, d_{t-1} + \theta \, g_t
+
+    :math:`g_t` is the clean gradient. Followed by :func:`scale_to_radius` this is
+    VaSSO, :math:`\varepsilon = \rho \, d_t / \|d_t\|`; with :math:`\theta = 1` it is
+    SAM. At a fixed point the average has, in the long run,
+    :math:`\theta / (2 - \theta)` of the variance of a single gradient.
+
+    Args:
+      theta: Weight of the newest gradient, in [0, 1]. A scalar, or a schedule of the
+        count of steps.
+      accumulator_dtype: Floating-point dtype of the average. None means float32 or
+        wider, since in bfloat16 an average with a small `theta` never moves.
+
+    Returns:
+      A link of an ascent for :func:`optax_sam.sharpness_aware`. It maps a tree of
+      arrays of any shapes to one of the same shapes, in the accumulator's dtype.
+
+    Raises:
+      TypeError: If `theta` is neither a real scalar nor callable, or
+        `accumulator_dtype` no floating-point dtype.
+      ValueError: If `theta` is outside [0, 1] or no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> link = optax_sam.suppress_variance(theta=0.25)
+      >>> state = link.init(jnp.zeros(2))
+      >>> d, state = link.update(jnp.array([4.0, 0.0]), state)
+      >>> d, state = link.update(jnp.array([0.0, 4.0]), state)
+      >>> print(d)
+      [3. 1.]
+
+    References:
+      Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
+      Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
+    """
+    check_scalar("suppress_variance", "theta", theta, high=1.0)
+    if accumulator_dtype is not None:
+        _check_floating(accumulator_dtype)
+
+    def init_fn(params: Any) -> SuppressVarianceState:
+        def zeros(p: Any) -> jax.Array:
+            wide = _tree.accumulator_dtype(jnp.result_type(p))
+            return jnp.zeros_like(p, dtype=accumulator_dtype or wide)
+
+        return SuppressVarianceState(
+            count=jnp.zeros([], jnp.int32), direction=jax.tree.map(zeros, params)
+        )
+
+    def update_fn(
+        updates: Any,
+        state: SuppressVarianceState,
+        params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, SuppressVarianceState]:
+        del params, extra_args
+        # The first direction is the first gradient: there is nothing to average yet.
+        weight = jnp.where(state.count == 0, 1, value_at(theta, state.count))
+
+        def average(g: Any, d: jax.Array) -> jax.Array:
+            wide = _tree.accumulator_dtype(d.dtype)
+            w = weight.astype(wide)
+            mean = (1 - w) * d.astype(wide) + w * jnp.asarray(g, wide)
+            return mean.astype(d.dtype)
+
+        updates = _tree.map_present(average, updates, state.direction)
+        direction = jax.tree.map(
+            lambda u, d: d if _tree.is_absent(u) else u,
+            updates,
+            state.direction,
+            is_leaf=_tree.is_absent,
+        )
+        count = optax.safe_increment(state.count)
+        return updates, SuppressVarianceState(count, direction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SuppressVarianceState(NamedTuple):
+    """State of :func:`suppress_variance`.
+
+    Attributes:
+      count: Number of steps taken, an int32 scalar.
+      direction: The average :math:`d_t`, a tree like the parameters.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    direction: Any
+
+
+def _check_floating(dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(
+            "suppress_variance: accumulator_dtype must be a floating-point dtype, got "
+            f"{dtype!r}; pass for example jnp.float32, or None for float32 or wider."
+        )
