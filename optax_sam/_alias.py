@@ -38,7 +38,7 @@ def sam(
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> tx = optax_sam.sam(optax.sgd(0.1, momentum=0.9), rho=0.05)
-      >>> loss_fn = lambda w, batch: jnp.sum((batch - w) ** 2, axis=-1)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
       >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
       >>> params, batch = jnp.zeros(2), jnp.ones((4, 2))
       >>> opt_state = tx.init(params)
@@ -88,7 +88,7 @@ def asam(
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> tx = optax_sam.asam(optax.sgd(0.1, momentum=0.9), rho=0.5)
-      >>> loss_fn = lambda w, batch: jnp.sum((batch - w) ** 2, axis=-1)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
       >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
       >>> params, batch = 2 * jnp.ones(2), jnp.ones((4, 2))
       >>> opt_state = tx.init(params)
@@ -145,7 +145,7 @@ def vasso(
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> tx = optax_sam.vasso(optax.sgd(0.1, momentum=0.9), rho=0.05, theta=0.4)
-      >>> loss_fn = lambda w, batch: jnp.sum((batch - w) ** 2, axis=-1)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
       >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
       >>> params, batch = jnp.zeros(2), jnp.ones((4, 2))
       >>> opt_state = tx.init(params)

@@ -73,15 +73,15 @@ def sharpness_aware(
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> tx = optax_sam.sharpness_aware(
-      ...     optax.sgd(0.1), optax_sam.scale_to_radius(rho=0.5)
+      ...     optax.sgd(1.0), optax_sam.scale_to_radius(rho=0.5)
       ... )
       >>> params = jnp.array([3.0, 4.0])
       >>> grad_fn = jax.grad(lambda w: 0.5 * jnp.sum(w**2))
       >>> updates, state = tx.update(
       ...     grad_fn(params), tx.init(params), params, grad_fn=grad_fn
       ... )
-      >>> print(updates.round(3))  # -0.1 times the gradient at (3.3, 4.4)
-      [-0.33 -0.44]
+      >>> print(updates)  # minus the gradient at (3.3, 4.4)
+      [-3.3 -4.4]
 
     References:
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving

@@ -1,0 +1,109 @@
+"""Small problems that the tests share, and the steps they take on them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_sam
+
+
+class Problem(NamedTuple):
+    params: Any
+    loss_fn: Callable[[Any, Any], jax.Array]  # (params, batch) -> losses [B]
+    batch: Any
+
+
+def quadratic(dtype=jnp.float32) -> Problem:
+    """Losses `|w - x_i|^2 / 2`, whose gradients are `w - x_i`, on a nested tree."""
+
+    def loss_fn(params, batch):
+        distances = jax.tree.map(lambda w, x: 0.5 * (w - x) ** 2, params, batch)
+        return sum(x.reshape(x.shape[0], -1).sum(1) for x in jax.tree.leaves(distances))
+
+    rng = np.random.default_rng(0)
+    params = {
+        "layer": {
+            "w": jnp.asarray(rng.normal(size=(1, 3, 2)), dtype),
+            "b": jnp.asarray(rng.normal(size=(1, 2)), dtype),
+        },
+        "scale": jnp.asarray(rng.normal(size=(1, 1)), dtype),
+    }
+    batch = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=(8, *p.shape[1:])), dtype), params
+    )
+    return Problem(params, loss_fn, batch)
+
+
+def perceptron(dtype=jnp.float32, sizes=(6, 8, 8, 4), batch_size=16) -> Problem:
+    """Cross-entropy of a small tanh network."""
+
+    def loss_fn(params, batch):
+        x, labels = batch
+        layers = len(params) // 2
+        for i in range(layers):
+            x = x @ params[f"w{i}"] + params[f"b{i}"][None]
+            x = jnp.tanh(x) if i < layers - 1 else x
+        return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+
+    rng = np.random.default_rng(0)
+    params = {}
+    for i, (m, n) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        params[f"w{i}"] = jnp.asarray(rng.normal(size=(m, n)) / m**0.5, dtype)
+        params[f"b{i}"] = jnp.asarray(0.1 * rng.normal(size=n), dtype)
+    x = jnp.asarray(rng.normal(size=(batch_size, sizes[0])), dtype)
+    labels = jnp.asarray(rng.integers(sizes[-1], size=batch_size), jnp.int32)
+    return Problem(params, loss_fn, (x, labels))
+
+
+def mean_loss(problem: Problem) -> Callable[[Any], jax.Array]:
+    return lambda params: jnp.mean(problem.loss_fn(params, problem.batch))
+
+
+def train(tx, problem: Problem, steps: int) -> tuple[Any, Any]:
+    """Takes compiled steps through `value_and_update`; returns params and state."""
+    step = optax_sam.value_and_update(problem.loss_fn, tx)
+
+    def body(carry, _):
+        params, opt_state = carry
+        _, updates, opt_state = step(params, opt_state, problem.batch)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    @jax.jit
+    def run(params, opt_state):
+        return jax.lax.scan(body, (params, opt_state), length=steps)[0]
+
+    return run(problem.params, tx.init(problem.params))
+
+
+def assert_trees_equal(actual: Any, expected: Any) -> None:
+    """Equal structure, dtypes and bits, NaN equal to NaN."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), e in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert jnp.asarray(a).dtype == jnp.asarray(e).dtype, path
+        np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_trees_close(actual: Any, expected: Any, **tolerances) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), e in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64),
+            np.asarray(e, np.float64),
+            err_msg=jax.tree_util.keystr(path),
+            **tolerances,
+        )
+
+
+def norm(tree: Any) -> float:
+    """The Euclidean norm of a tree, in float64 on the host."""
+    return float(
+        np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(tree)))
+    )
