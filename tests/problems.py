@@ -1,5 +1,6 @@
 """Small problems that the tests share, and the steps they take on them."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def perceptron(dtype=jnp.float32, sizes=(6, 8, 8, 4), batch_size=16) -> Problem:
 
     rng = np.random.default_rng(0)
     params = {}
-    for i, (m, n) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (m, n) in enumerate(itertools.pairwise(sizes)):
         params[f"w{i}"] = jnp.asarray(rng.normal(size=(m, n)) / m**0.5, dtype)
         params[f"b{i}"] = jnp.asarray(0.1 * rng.normal(size=n), dtype)
     x = jnp.asarray(rng.normal(size=(batch_size, sizes[0])), dtype)
@@ -89,11 +90,18 @@ def assert_trees_equal(actual: Any, expected: Any) -> None:
         np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
 
 
+def assert_trees_differ(actual: Any, expected: Any) -> None:
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    assert any(np.any(np.asarray(a) != np.asarray(e)) for a, e in pairs)
+
+
 def assert_trees_close(actual: Any, expected: Any, **tolerances) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), e in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
+        if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key):
+            a, e = jax.random.key_data(a), jax.random.key_data(e)
         np.testing.assert_allclose(
             np.asarray(a, np.float64),
             np.asarray(e, np.float64),
@@ -105,5 +113,7 @@ def assert_trees_close(actual: Any, expected: Any, **tolerances) -> None:
 def norm(tree: Any) -> float:
     """The Euclidean norm of a tree, in float64 on the host."""
     return float(
-        np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(tree)))
+        np.sqrt(
+            sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(tree))
+        )
     )

@@ -1,0 +1,311 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import optax_sam
+
+
+def recorder():
+    """A base optimizer that keeps what its update got."""
+    seen = {}
+
+    def update_fn(updates, state, params=None, **extra_args):
+        seen.update(updates=updates, params=params, extra_args=extra_args)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return tx, seen
+
+
+def by_hand(tx, problem, **extra_args):
+    grads = jax.grad(problems.mean_loss(problem))(problem.params)
+    state = tx.init(problem.params)
+    return tx.update(grads, state, problem.params, **extra_args)
+
+
+PROBLEM = problems.perceptron()
+LOSS = {"loss_fn": PROBLEM.loss_fn, "batch": PROBLEM.batch}
+
+
+def test_descends_along_the_gradient_at_the_perturbed_point():
+    base, seen = recorder()
+    by_hand(optax_sam.sam(base, rho=0.5), PROBLEM, **LOSS)
+    grad = jax.grad(problems.mean_loss(PROBLEM))
+    clean = grad(PROBLEM.params)
+    length = 0.5 / problems.norm(clean)
+    point = jax.tree.map(lambda p, g: p + length * g, PROBLEM.params, clean)
+    problems.assert_trees_close(seen["updates"], grad(point), rtol=1e-4, atol=1e-6)
+    problems.assert_trees_equal(seen["params"], PROBLEM.params)
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
+def test_the_three_ways_to_call_agree(method):
+    hyperparameters = {"rho": 0.1} | ({"theta": 0.5} if method == "vasso" else {})
+    tx = getattr(optax_sam, method)(optax.sgd(0.1), **hyperparameters)
+    updates, state = by_hand(tx, PROBLEM, **LOSS)
+    grad_fn = jax.grad(problems.mean_loss(PROBLEM))
+    with_grad_fn, _ = by_hand(tx, PROBLEM, grad_fn=grad_fn)
+    problems.assert_trees_close(with_grad_fn, updates, rtol=1e-5, atol=1e-7)
+    step = optax_sam.value_and_update(PROBLEM.loss_fn, tx)
+    value, through, through_state = step(
+        PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch
+    )
+    problems.assert_trees_close(through, updates, rtol=1e-5, atol=1e-7)
+    problems.assert_trees_close(through_state, state, rtol=1e-5, atol=1e-7)
+    assert value == pytest.approx(float(problems.mean_loss(PROBLEM)(PROBLEM.params)))
+
+
+def test_grad_fn_wins_over_loss_fn():
+    base, seen = recorder()
+    marker = jax.tree.map(jnp.ones_like, PROBLEM.params)
+    by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS, grad_fn=lambda _: marker)
+    problems.assert_trees_equal(seen["updates"], marker)
+
+
+def test_scalar_losses_will_do():
+    tx = optax_sam.sam(optax.sgd(0.1), rho=0.1)
+    updates, _ = by_hand(tx, PROBLEM, **LOSS)
+
+    def scalar_loss(params, batch):
+        return jnp.mean(PROBLEM.loss_fn(params, batch))
+
+    scalar, _ = by_hand(tx, PROBLEM, loss_fn=scalar_loss, batch=PROBLEM.batch)
+    problems.assert_trees_close(scalar, updates, rtol=1e-6, atol=1e-8)
+    step = optax_sam.value_and_update(scalar_loss, tx)
+    _, through, _ = step(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch)
+    problems.assert_trees_close(through, updates, rtol=1e-6, atol=1e-8)
+
+
+def test_parameters_come_back_exactly():
+    tx = optax_sam.sam(optax.set_to_zero(), rho=10.0)
+    params, _ = problems.train(tx, PROBLEM, 50)
+    problems.assert_trees_equal(params, PROBLEM.params)
+
+
+def test_loss_runs_once_per_pass_and_the_ascent_gets_the_pullback():
+    calls = []
+    ascent, seen = recorder()
+
+    def loss_fn(params, batch):
+        calls.append(params)
+        return PROBLEM.loss_fn(params, batch)
+
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    step = optax_sam.value_and_update(loss_fn, tx)
+    step(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch)
+    assert len(calls) == 2
+    extra = seen["extra_args"]
+    np.testing.assert_array_equal(
+        extra["losses"], PROBLEM.loss_fn(PROBLEM.params, PROBLEM.batch)
+    )
+    weights = jnp.arange(16.0)
+    expected = jax.grad(lambda p: jnp.sum(weights * PROBLEM.loss_fn(p, PROBLEM.batch)))(
+        PROBLEM.params
+    )
+    problems.assert_trees_close(
+        extra["pullback"](weights), expected, rtol=1e-5, atol=1e-5
+    )
+    assert len(calls) == 2  # Pulling back runs no forward pass.
+
+
+def test_aux_comes_from_the_clean_pass_and_later_arguments_go_to_both():
+    keys = []
+
+    def loss_fn(params, batch, key, statistics):
+        keys.append(key)
+        return PROBLEM.loss_fn(params, batch), (params["b0"], statistics + 1)
+
+    tx = optax_sam.sam(optax.sgd(0.1), rho=1.0)
+    step = optax_sam.value_and_update(loss_fn, tx, has_aux=True)
+    (value, (bias, statistics)), _, _ = step(
+        PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch, jnp.int32(7), 1.0
+    )
+    assert value.shape == ()
+    np.testing.assert_array_equal(bias, PROBLEM.params["b0"])
+    assert statistics == 2.0
+    assert [int(k) for k in keys] == [7, 7]
+
+
+def test_value_is_accumulated_in_float32():
+    problem = problems.quadratic(jnp.float16)
+    loss_fn = lambda p, b: problem.loss_fn(p, b) * 0 + 60_000.0  # noqa: E731
+    step = optax_sam.value_and_update(loss_fn, optax.sgd(0.1))
+    value, _, _ = step(
+        problem.params, optax.sgd(0.1).init(problem.params), problem.batch
+    )
+    assert value.dtype == jnp.float32
+    assert value == np.float16(60_000.0)
+
+
+def test_without_a_batch():
+    step = optax_sam.value_and_update(
+        lambda w: jnp.sum(w**2), tx := optax_sam.sam(optax.sgd(0.1), rho=0.1)
+    )
+    value, updates, _ = step(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    assert value == 25.0
+    np.testing.assert_allclose(updates, [-0.612, -0.816], rtol=1e-5)
+
+
+def test_base_gets_value_and_unknown_arguments_but_not_the_protocols():
+    base, seen = recorder()
+    by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS, value=1.5, tag="mine")
+    assert seen["extra_args"] == {"value": 1.5, "tag": "mine"}
+
+
+def test_base_gets_the_protocols_arguments_that_it_names():
+    got = {}
+
+    def update_fn(updates, state, params=None, *, batch, losses=0, **extra_args):
+        got.update(batch=batch, losses=losses, extra_args=extra_args)
+        return updates, state
+
+    base = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS)
+    assert got == {"batch": PROBLEM.batch, "losses": None, "extra_args": {}}
+
+
+def test_ascent_gets_the_protocol_and_unknown_arguments():
+    ascent, seen = recorder()
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    by_hand(tx, PROBLEM, **LOSS, tag="mine")
+    assert {k for k, v in seen["extra_args"].items() if v is not None} == {
+        "loss_fn",
+        "batch",
+        "tag",
+    }
+
+
+def line_search():
+    return optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=9)
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: optax.adam(1e-2),
+        lambda: optax.contrib.momo(0.1),
+        lambda: optax.polyak_sgd(0.1),
+        lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        lambda: optax.contrib.sophia(1e-2),
+        lambda: optax.contrib.schedule_free_sgd(0.1),
+        lambda: optax.contrib.sam(
+            optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+        ),
+        lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+        lambda: optax.lbfgs(),
+        line_search,
+    ],
+    ids=[
+        "adam",
+        "momo",
+        "polyak_sgd",
+        "reduce_on_plateau",
+        "sophia",
+        "schedule_free_sgd",
+        "contrib.sam",
+        "MultiSteps",
+        "lbfgs",
+        "backtracking_linesearch",
+    ],
+)
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "sam"])
+def test_any_optimizer_gets_what_it_asks_for(optimizer, wrap):
+    problem, tx = problems.quadratic(), optimizer()
+    tx = optax_sam.sam(tx, rho=0.01) if wrap else tx
+    params, _ = problems.train(tx, problem, 30)
+    before, after = (problems.mean_loss(problem)(p) for p in (problem.params, params))
+    assert jnp.isfinite(after)
+    assert after < before
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
+def test_a_gradient_that_is_not_finite_changes_no_state_and_perturbs_nothing(
+    method, bad
+):
+    hyperparameters = {"rho": 0.1} | ({"theta": 0.5} if method == "vasso" else {})
+    points = []
+
+    def grad_fn(params):
+        points.append(params)
+        return params
+
+    tx = getattr(optax_sam, method)(optax.sgd(0.1), **hyperparameters)
+    params = PROBLEM.params
+    grads = jax.grad(problems.mean_loss(PROBLEM))(params)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(grads, state, params, grad_fn=grad_fn)
+    spoilt = grads | {"b1": grads["b1"].at[3].set(bad)}
+    _, after = tx.update(spoilt, state, params, grad_fn=grad_fn)
+    problems.assert_trees_equal(after.ascent_state, state.ascent_state)
+    problems.assert_trees_equal(points[-1], params)
+    assert problems.norm(jax.tree.map(jnp.subtract, points[0], params)) > 0.01
+
+
+def test_ascent_states_of_any_dtype_survive_a_bad_gradient():
+    def init_fn(params):
+        del params
+        return {"key": jax.random.key(0), "flag": jnp.array(False), "n": jnp.int32(3)}
+
+    def update_fn(updates, state, params=None):
+        del params
+        key = jax.random.split(state["key"])[0]
+        return updates, {"key": key, "flag": ~state["flag"], "n": state["n"] + 1}
+
+    ascent = optax.GradientTransformation(init_fn, update_fn)
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    params, state = jnp.ones(2), tx.init(jnp.ones(2))
+    _, bad = tx.update(params * jnp.nan, state, params, grad_fn=lambda p: p)
+    assert bad.ascent_state["key"] == state.ascent_state["key"]
+    assert (bool(bad.ascent_state["flag"]), int(bad.ascent_state["n"])) == (False, 3)
+    _, good = tx.update(params, state, params, grad_fn=lambda p: p)
+    assert good.ascent_state["key"] != state.ascent_state["key"]
+    assert (bool(good.ascent_state["flag"]), int(good.ascent_state["n"])) == (True, 4)
+
+
+def test_apply_if_finite_inside_skips_the_step_around_does_not_see_it():
+    """A second gradient that is not finite reaches the base alone."""
+    params = jnp.ones(2)
+    bad_at_the_top = lambda p: jnp.where(p > 1.0, jnp.nan, p)  # noqa: E731
+    inside = optax_sam.sam(optax.apply_if_finite(optax.sgd(0.1), 5), rho=0.1)
+    updates, _ = inside.update(
+        params, inside.init(params), params, grad_fn=bad_at_the_top
+    )
+    np.testing.assert_array_equal(updates, jnp.zeros(2))
+    around = optax.apply_if_finite(optax_sam.sam(optax.sgd(0.1), rho=0.1), 5)
+    updates, _ = around.update(
+        params, around.init(params), params, grad_fn=bad_at_the_top
+    )
+    assert jnp.isnan(updates).all()
+
+
+def test_the_scale_of_the_loss_changes_no_epsilon():
+    points = {}
+    for scale in (1.0, 2.0**12):
+        tx = optax_sam.sam(optax.sgd(0.1), rho=0.1)
+        grads = jax.tree.map(
+            lambda g, s=scale: s * g,
+            jax.grad(problems.mean_loss(PROBLEM))(PROBLEM.params),
+        )
+        tx.update(
+            grads,
+            tx.init(PROBLEM.params),
+            PROBLEM.params,
+            grad_fn=lambda p, s=scale: points.setdefault(s, p),
+        )
+    problems.assert_trees_equal(points[1.0], points[2.0**12])
+
+
+def test_zero_gradient_takes_the_step_of_the_base():
+    tx = optax_sam.vasso(optax.sgd(0.1), rho=0.1, theta=0.5)
+    params = jnp.ones(3)
+    step = jax.jit(optax_sam.value_and_update(lambda w: 0.0 * jnp.sum(w), tx))
+    _, updates, state = step(params, tx.init(params))
+    np.testing.assert_array_equal(updates, jnp.zeros(3))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))

@@ -1,0 +1,144 @@
+"""What the user sees when an argument is missing or wrong."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+
+import optax_sam
+
+PARAMS = {"w": jnp.ones(3), "b": jnp.ones(1)}
+TX = optax_sam.sam(optax.sgd(0.1), rho=0.1)
+
+
+def losses(params, batch):
+    return jnp.sum(params["w"]) * batch + params["b"]
+
+
+def update(grads=PARAMS, params=PARAMS, tx=TX, **extra_args):
+    return tx.update(grads, tx.init(PARAMS), params, **extra_args)
+
+
+def test_missing_params():
+    with pytest.raises(ValueError, match=r"params is None.*tx\.update"):
+        update(params=None, loss_fn=losses, batch=jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "missing"),
+    [({}, "loss_fn"), ({"batch": 1.0}, "loss_fn"), ({"loss_fn": losses}, "batch")],
+)
+def test_missing_loss_or_batch(extra_args, missing):
+    with pytest.raises(
+        ValueError, match=f"sharpness_aware: .*{missing} is missing.*grad_fn"
+    ):
+        update(**extra_args)
+
+
+@pytest.mark.parametrize("fn", [1.0, "loss", lambda params: 0.0, lambda p, b, c: 0.0])
+def test_loss_fn_that_cannot_be_called(fn):
+    with pytest.raises(TypeError, match=r"loss_fn.*called as loss_fn\(params, batch\)"):
+        update(loss_fn=fn, batch=jnp.ones(4))
+
+
+def test_grad_fn_with_the_step_index_of_optax_contrib_sam():
+    with pytest.raises(TypeError, match=r"grad_fn\(params\).*1 positional argument"):
+        update(grad_fn=jax.grad(lambda params, _: losses(params, 1.0)))
+
+
+def test_functions_that_can_be_called_are():
+    update(grad_fn=functools.partial(lambda p, scale: p, scale=2.0))
+    update(grad_fn=jax.jit(lambda p: p))
+    update(loss_fn=lambda *args: losses(*args), batch=jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda p, b: (losses(p, b), 1), TypeError, "got tuple.*has_aux=True"),
+        (lambda p, b: 1.0, TypeError, "got float"),
+        (lambda p, b: jnp.zeros(4, jnp.int32), TypeError, "floating-point.*int32"),
+        (lambda p, b: jnp.ones((4, 2)), ValueError, r"shape \(4, 2\).*Reduce"),
+    ],
+)
+def test_losses_of_the_wrong_kind(wrong, error, message):
+    with pytest.raises(error, match=message):
+        update(loss_fn=wrong, batch=jnp.ones(4))
+    step = optax_sam.value_and_update(wrong, optax.sgd(0.1))
+    with pytest.raises(error, match=message):
+        step(PARAMS, optax.sgd(0.1).init(PARAMS), jnp.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, bool])
+def test_parameters_that_cannot_be_perturbed(dtype):
+    params = {"w": jnp.ones(3), "index": jnp.ones(2, dtype)}
+    with pytest.raises(TypeError, match=r"params\['index'\] has dtype"):
+        TX.init(params)
+    with pytest.raises(TypeError, match=r"params\['index'\] has dtype"):
+        TX.update(params, None, params, grad_fn=lambda p: p)
+    step = optax_sam.value_and_update(lambda p: jnp.sum(p["w"]), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"params\['index'\] has dtype"):
+        step(params, ())
+
+
+def test_gradients_that_do_not_fit():
+    with pytest.raises(ValueError, match="grads must have the tree structure"):
+        update(grads={"w": jnp.ones(3)}, grad_fn=lambda p: p)
+    with pytest.raises(ValueError, match=r"grads\['w'\] has shape \(2,\).*\(3,\)"):
+        update(grads={"w": jnp.ones(2), "b": jnp.ones(1)}, grad_fn=lambda p: p)
+    with pytest.raises(ValueError, match=r"grad_fn\(params\) must have the tree"):
+        update(grad_fn=lambda p: p["w"])
+
+
+@pytest.mark.parametrize("bad", [0.1, optax.sgd, None, jnp.ones(2)])
+def test_what_is_no_transformation(bad):
+    with pytest.raises(TypeError, match="base must be an Optax gradient transf"):
+        optax_sam.sam(bad, rho=0.1)
+    with pytest.raises(TypeError, match="ascent must be an Optax gradient transf"):
+        optax_sam.sharpness_aware(optax.sgd(0.1), bad)
+    with pytest.raises(TypeError, match="tx must be an Optax gradient transf"):
+        optax_sam.value_and_update(losses, bad)
+
+
+def test_value_and_update_with_the_wrong_loss_fn():
+    with pytest.raises(TypeError, match="value_and_update: loss_fn must be a function"):
+        optax_sam.value_and_update(None, TX)
+    step = optax_sam.value_and_update(losses, TX, has_aux=True)
+    with pytest.raises(TypeError, match="must return a pair"):
+        step(PARAMS, TX.init(PARAMS), jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        lambda tx: optax.masked(tx, {"w": True, "b": False}),
+        lambda tx: optax.partition(
+            {"sam": tx, "sgd": optax.sgd(0.1)}, {"w": "sam", "b": "sgd"}
+        ),
+    ],
+    ids=["masked", "partition"],
+)
+def test_inside_masked_the_remedy_is_named(outer):
+    with pytest.raises(ValueError, match=r"\['b'\] is optax.MaskedNode.*outside"):
+        outer(TX).init(PARAMS)
+
+
+def test_problems_are_reported_under_jit_too():
+    step = jax.jit(lambda g: update(g, loss_fn=lambda p, b: jnp.ones((4, 2)), batch=1))
+    with pytest.raises(ValueError, match=r"shape \(4, 2\)"):
+        step(PARAMS)
+
+
+def test_a_problem_of_floats_alone_is_no_problem():
+    problem = problems.quadratic()
+    updates, _ = TX.update(
+        problem.params,
+        TX.init(problem.params),
+        problem.params,
+        loss_fn=problem.loss_fn,
+        batch=problem.batch,
+    )
+    assert jax.tree.structure(updates) == jax.tree.structure(problem.params)

@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from optax_sam import _tree
+
+ABSENT = optax.MaskedNode()
+
+
+def test_max_abs_sees_every_leaf_and_skips_the_absent():
+    tree = {"a": jnp.array([1.0, -7.0]), "b": ABSENT, "c": jnp.float16(3.0), "d": None}
+    assert _tree.max_abs(tree) == 7.0
+    assert _tree.max_abs({}) == 0.0
+    assert _tree.max_abs(jnp.zeros((0, 3))) == 0.0
+    assert jnp.isnan(_tree.max_abs([jnp.array([jnp.nan, 1.0]), jnp.ones(2)]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 3e4])
+def test_scale_to_norm_is_exact_where_squares_are_not(dtype, scale):
+    tree = [scale * jnp.ones(1000, dtype), {"b": scale * jnp.ones((3, 4), dtype)}]
+    out = _tree.scale_to_norm(tree, 0.5)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(out))
+    assert problems.norm(out) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_to_norm_in_float32_beyond_the_range_of_squares(scale):
+    out = _tree.scale_to_norm(scale * jnp.arange(1.0, 5.0), 2.0)
+    np.testing.assert_allclose(out, 2 * np.arange(1, 5) / np.sqrt(30), rtol=1e-6)
+
+
+def test_norm_accumulates_over_many_small_leaves_in_float32():
+    # 500 bfloat16 leaves: a bfloat16 sum stalls, and gives 32 for 35.4.
+    tree = [jnp.full((), 1.5826, jnp.bfloat16)] * 500
+    out = _tree.scale_to_norm(tree, 1.0)
+    assert problems.norm(out) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_scale_to_norm_of_zero_empty_and_absent():
+    np.testing.assert_array_equal(_tree.scale_to_norm(jnp.zeros(3), 1.0), np.zeros(3))
+    assert _tree.scale_to_norm({}, 1.0) == {}
+    assert _tree.scale_to_norm({"a": ABSENT}, 1.0) == {"a": ABSENT}
+    out = _tree.scale_to_norm({"a": ABSENT, "b": jnp.array([2.0])}, 1.0)
+    assert out["a"] == ABSENT
+    np.testing.assert_array_equal(out["b"], [1.0])
+
+
+@pytest.mark.usefixtures("x64")
+def test_accumulates_in_float64_under_x64():
+    out = _tree.scale_to_norm([jnp.ones(3, jnp.float32), jnp.ones(3, jnp.float64)], 1.0)
+    assert all(x.dtype == jnp.float64 for x in out)
+
+
+def test_map_present_and_cast_like():
+    tree, other = {"a": jnp.ones(2), "b": ABSENT}, {"a": jnp.ones(2), "b": jnp.ones(3)}
+    assert _tree.map_present(lambda x, y: x + y, tree, other)["b"] == ABSENT
+    cast = _tree.cast_like(tree, {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3)})
+    assert cast["a"].dtype == jnp.bfloat16
+    assert cast["b"] == ABSENT
