@@ -2,9 +2,10 @@
 
 from optax_sam._adaptive import AdaptToScaleState, adapt_to_scale
 from optax_sam._alias import asam, sam, vasso
-from optax_sam._engine import SharpnessAwareState, sharpness_aware, value_and_update
+from optax_sam._engine import SharpnessAwareState, sharpness_aware
 from optax_sam._radius import ScaleToRadiusState, scale_to_radius
 from optax_sam._sparse import perturb_only
+from optax_sam._step import value_and_update
 from optax_sam._variance import SuppressVarianceState, suppress_variance
 
 __version__ = "0.1.0"

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
-from optax_sam._hyperparameter import check_scalar, value_at
+from optax_sam._hyperparameter import ScalarOrSchedule, check_scalar, value_at
 
 
 def adapt_to_scale(
-    rho: Any, *, eta: Any = 0.0
+    rho: ScalarOrSchedule, *, eta: ScalarOrSchedule = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the gradient to the length `rho` relative to each weight: ASAM's ascent.
 
@@ -53,13 +53,16 @@ def adapt_to_scale(
     check_scalar("adapt_to_scale", "rho", rho)
     check_scalar("adapt_to_scale", "eta", eta)
 
-    def init_fn(params: Any) -> AdaptToScaleState:
+    def init_fn(params: optax.Params) -> AdaptToScaleState:
         del params
         return AdaptToScaleState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
-        updates: Any, state: AdaptToScaleState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, AdaptToScaleState]:
+        updates: optax.Updates,
+        state: AdaptToScaleState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdaptToScaleState]:
         del extra_args
         if params is None:
             raise ValueError(

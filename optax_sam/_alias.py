@@ -1,17 +1,17 @@
 """The methods by name: an ascent from its parts, around a base optimizer."""
 
-from typing import Any
-
+import chex
 import optax
 
 from optax_sam._adaptive import adapt_to_scale
 from optax_sam._engine import sharpness_aware
+from optax_sam._hyperparameter import ScalarOrSchedule
 from optax_sam._radius import scale_to_radius
 from optax_sam._variance import suppress_variance
 
 
 def sam(
-    base: optax.GradientTransformation, rho: Any
+    base: optax.GradientTransformation, rho: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM: descends along the gradient at the top of a ball of radius `rho`.
 
@@ -58,7 +58,10 @@ def sam(
 
 
 def asam(
-    base: optax.GradientTransformation, rho: Any, *, eta: Any = 0.0
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    *,
+    eta: ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ASAM: SAM whose ball is measured relative to the size of each weight.
 
@@ -109,10 +112,10 @@ def asam(
 
 def vasso(
     base: optax.GradientTransformation,
-    rho: Any,
-    theta: Any,
+    rho: ScalarOrSchedule,
+    theta: ScalarOrSchedule,
     *,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: chex.ArrayDType | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VaSSO: SAM that ascends along a moving average of the gradients.
 

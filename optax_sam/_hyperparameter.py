@@ -2,11 +2,15 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+
+ScalarOrSchedule: TypeAlias = chex.Numeric | optax.Schedule
 
 
 def check_scalar(
@@ -57,6 +61,8 @@ def check_scalar(
         raise ValueError(f"{owner}: {name} = {number:g} is out of range; {remedy}.")
 
 
-def value_at(value: Any, count: Any, dtype: Any = None) -> jax.Array:
+def value_at(
+    value: ScalarOrSchedule, count: chex.Numeric, dtype: chex.ArrayDType | None = None
+) -> jax.Array:
     """The value of a scalar hyperparameter after `count` steps, as an array."""
     return jnp.asarray(value(count) if callable(value) else value, dtype)

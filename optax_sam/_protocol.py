@@ -67,7 +67,7 @@ def check_losses(losses: Any) -> jax.Array:
     return losses
 
 
-def check_parameters(params: Any) -> None:
+def check_parameters(params: optax.Params | None) -> None:
     """Refuses parameters that cannot be perturbed, by the path of the leaf."""
     if params is None:
         raise ValueError(
@@ -92,7 +92,7 @@ def check_parameters(params: Any) -> None:
             )
 
 
-def check_gradient(name: str, gradient: Any, params: Any) -> None:
+def check_gradient(name: str, gradient: optax.Updates, params: optax.Params) -> None:
     """Refuses a gradient whose tree structure or shapes are not the parameters'."""
     expected, got = jax.tree.structure(params), jax.tree.structure(gradient)
     if got != expected:  # type: ignore[operator]
@@ -129,7 +129,7 @@ def uniform_weights(losses: jax.Array) -> jax.Array:
 
 def gradient_function(
     owner: str, loss_fn: Any, batch: Any, grad_fn: Any
-) -> Callable[[Any], Any]:
+) -> Callable[[optax.Params], optax.Updates]:
     """The function `params -> gradient` that the extra arguments describe.
 
     It is built like the clean pass of `value_and_update`, so that where parameters
@@ -150,7 +150,7 @@ def gradient_function(
     """
     if grad_fn is not None:
         check_callable("grad_fn", grad_fn, "params")
-        gradient: Callable[[Any], Any] = grad_fn
+        gradient: Callable[[optax.Params], optax.Updates] = grad_fn
         return gradient
     for name, value in (("loss_fn", loss_fn), ("batch", batch)):
         if value is None:
@@ -162,7 +162,7 @@ def gradient_function(
             )
     check_callable("loss_fn", loss_fn, "params", "batch")
 
-    def mean_gradient(params: Any) -> Any:
+    def mean_gradient(params: optax.Params) -> optax.Updates:
         losses, vjp = jax.vjp(lambda p: check_losses(loss_fn(p, batch)), params)
         return vjp(uniform_weights(losses))[0]
 

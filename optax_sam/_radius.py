@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
-from optax_sam._hyperparameter import check_scalar, value_at
+from optax_sam._hyperparameter import ScalarOrSchedule, check_scalar, value_at
 
 
-def scale_to_radius(rho: Any) -> optax.GradientTransformationExtraArgs:
+def scale_to_radius(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Scales the gradient to the length `rho`: the ascent of SAM.
 
     .. math:: \varepsilon = \rho \, g / \|g\|
@@ -46,13 +46,16 @@ def scale_to_radius(rho: Any) -> optax.GradientTransformationExtraArgs:
     """
     check_scalar("scale_to_radius", "rho", rho)
 
-    def init_fn(params: Any) -> ScaleToRadiusState:
+    def init_fn(params: optax.Params) -> ScaleToRadiusState:
         del params
         return ScaleToRadiusState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
-        updates: Any, state: ScaleToRadiusState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ScaleToRadiusState]:
+        updates: optax.Updates,
+        state: ScaleToRadiusState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleToRadiusState]:
         del extra_args
         radius = value_at(rho, state.count)
         epsilon = _tree.scale_to_norm(updates, radius)

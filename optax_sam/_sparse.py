@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -11,7 +12,7 @@ from optax_sam import _tree
 
 
 def perturb_only(
-    mask: Any | Callable[[Any], Any],
+    mask: chex.ArrayTree | Callable[[optax.Params], chex.ArrayTree],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Perturbs the leaves that a mask fixed at trace time selects, and no others.
 
@@ -60,8 +61,11 @@ def perturb_only(
     """
 
     def update_fn(
-        updates: Any, state: optax.EmptyState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, optax.EmptyState]:
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
         tree = updates if params is None else params
         entries = mask(tree) if callable(mask) else mask
@@ -74,7 +78,7 @@ def perturb_only(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def _leaf_mask(mask: Any, tree: Any) -> Any:
+def _leaf_mask(mask: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:
     """Checks a mask and spreads it over the leaves of `tree`."""
     for path, entry in jax.tree.leaves_with_path(mask):
         if not isinstance(entry, bool | np.bool_):

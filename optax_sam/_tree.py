@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,7 +20,9 @@ def is_absent(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def map_present(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_present(
+    fn: Callable[..., Any], tree: chex.ArrayTree, *rest: chex.ArrayTree
+) -> chex.ArrayTree:
     """Maps `fn` over the leaves of `tree` that are present, with those of `rest`."""
     return jax.tree.map(
         lambda leaf, *others: leaf if is_absent(leaf) else fn(leaf, *others),
@@ -29,7 +32,7 @@ def map_present(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
-def accumulator_dtype(dtype: Any) -> Any:
+def accumulator_dtype(dtype: chex.ArrayDType) -> chex.ArrayDType:
     """The dtype to accumulate `dtype` in: the default float type or wider.
 
     That is float32, and float64 under `jax_enable_x64`.
@@ -37,7 +40,7 @@ def accumulator_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.result_type(float))
 
 
-def upcast(tree: Any) -> Any:
+def upcast(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Casts every leaf to the dtype that its type accumulates in."""
 
     def wide(leaf: Any) -> jax.Array:
@@ -46,18 +49,18 @@ def upcast(tree: Any) -> Any:
     return map_present(wide, tree)
 
 
-def cast_like(tree: Any, like: Any) -> Any:
+def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     """Casts every leaf of `tree` to the dtype of its counterpart in `like`."""
     return map_present(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
 
 
-def max_abs(tree: Any) -> jax.Array:
+def max_abs(tree: chex.ArrayTree) -> jax.Array:
     """The largest absolute value in a tree, NaN if there is one; 0 if it is empty."""
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(upcast(tree))]
     return functools.reduce(jnp.maximum, largest, jnp.zeros([]))
 
 
-def scale_to_norm(tree: Any, norm: Any) -> Any:
+def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:
     r"""Scales a tree to a global Euclidean norm: :math:`\text{norm} \cdot x / \|x\|`.
 
     Dividing by the largest absolute value first leaves entries in [-1, 1] of norm 1 or

@@ -2,16 +2,17 @@
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
-from optax_sam._hyperparameter import check_scalar, value_at
+from optax_sam._hyperparameter import ScalarOrSchedule, check_scalar, value_at
 
 
 def suppress_variance(
-    theta: Any, accumulator_dtype: Any = None
+    theta: ScalarOrSchedule, accumulator_dtype: chex.ArrayDType | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient by its moving average: the direction of VaSSO.
 
@@ -55,7 +56,7 @@ def suppress_variance(
     if accumulator_dtype is not None:
         _check_floating(accumulator_dtype)
 
-    def init_fn(params: Any) -> SuppressVarianceState:
+    def init_fn(params: optax.Params) -> SuppressVarianceState:
         def zeros(p: Any) -> jax.Array:
             wide = _tree.accumulator_dtype(jnp.result_type(p))
             return jnp.zeros_like(p, dtype=accumulator_dtype or wide)
@@ -65,11 +66,11 @@ def suppress_variance(
         )
 
     def update_fn(
-        updates: Any,
+        updates: optax.Updates,
         state: SuppressVarianceState,
-        params: Any = None,
+        params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, SuppressVarianceState]:
+    ) -> tuple[optax.Updates, SuppressVarianceState]:
         del params, extra_args
         # The first direction is the first gradient: there is nothing to average yet.
         weight = jnp.where(state.count == 0, 1, value_at(theta, state.count))
@@ -102,7 +103,7 @@ class SuppressVarianceState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]
-    direction: Any
+    direction: chex.ArrayTree
 
 
 def _check_floating(dtype: Any) -> None:

@@ -1,0 +1,144 @@
+"""The training step of any Optax optimizer, sharpness-aware or not.
+
+It makes the call that `tx.update` wants: one clean pass, linearised once, and every
+argument of the step protocol.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _protocol, _tree
+
+
+def value_and_update(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+    r"""Makes the training step of any Optax optimizer, sharpness-aware or not.
+
+    .. math::
+      \text{value} = \frac{1}{B} \sum_{i=1}^{B} \ell_i(w), \qquad
+      \text{updates} = \text{tx}(\nabla\,\text{value})
+
+    The clean pass is linearised once, and whatever weighting of the examples a method
+    needs is pulled back through that one linearisation. Beside the step protocol (see
+    :func:`sharpness_aware`) `tx` gets `value`, `grad`, `value_fn` and `obj_fn` of the
+    clean mean loss, so that line searches and Sophia work as well.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns the losses of the examples, shape `[B]`,
+        or their mean as a scalar; with `has_aux`, a pair of that and any pytree. The
+        first of `args` is the batch; the others (a PRNG key, batch statistics) are the
+        same in both passes, so dropout draws are too.
+      tx: The optimizer.
+      has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
+        only, so batch statistics never see perturbed parameters.
+
+    Returns:
+      A function `step(params, opt_state, *args) -> (value, updates, opt_state)`.
+      `value` is the clean mean loss, a scalar in float32 or wider, or the pair of it
+      and the auxiliary data. Pass `updates` to `optax.apply_updates`.
+
+    Raises:
+      TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if
+        a parameter is not real floating point or the loss no array.
+      ValueError: In the step, if the losses have more than one axis.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> def loss_fn(params, batch):
+      ...     x, y = batch
+      ...     return (x @ params - y) ** 2
+      >>> tx = optax_sam.sam(optax.sgd(0.1), rho=0.05)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params = jnp.zeros(2)
+      >>> batch = (jnp.eye(2), jnp.ones(2))
+      >>> value, updates, opt_state = step(params, tx.init(params), batch)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(value, params.round(3))
+      1.0 [0.104 0.104]
+    """
+    tx = _protocol.as_transformation("tx", tx)
+    if not callable(loss_fn):
+        raise TypeError(
+            "value_and_update: loss_fn must be a function, called as "
+            f"loss_fn(params, *args); got {loss_fn!r}."
+        )
+
+    def losses_and_aux(params: optax.Params, *args: Any) -> tuple[jax.Array, Any]:
+        out = loss_fn(params, *args)
+        if not has_aux:
+            return _protocol.check_losses(out), None
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "value_and_update: with has_aux=True loss_fn must return a pair "
+                f"(losses, aux), got {type(out).__name__}; return the pair or drop "
+                "has_aux."
+            )
+        return _protocol.check_losses(out[0]), out[1]
+
+    def step(
+        params: optax.Params, opt_state: optax.OptState, *args: Any
+    ) -> tuple[Any, optax.Updates, optax.OptState]:
+        _protocol.check_parameters(params)
+        losses, vjp, aux = jax.vjp(
+            lambda p: losses_and_aux(p, *args), params, has_aux=True
+        )
+
+        def pullback(weights: jax.Array) -> optax.Updates:
+            return vjp(jnp.asarray(weights, losses.dtype))[0]
+
+        def batch_losses(params: optax.Params, batch: Any) -> jax.Array:
+            return losses_and_aux(params, *((batch,) if args else ()), *args[1:])[0]
+
+        grads = pullback(_protocol.uniform_weights(losses))
+        value = _mean(losses)
+        batch = args[0] if args else ()
+        value_fn = _value_function(batch_losses, batch)
+        extra_args = {
+            "loss_fn": batch_losses,
+            "batch": batch,
+            "losses": losses,
+            "pullback": pullback,
+            "value": value,
+            "grad": grads,
+            "value_fn": value_fn,
+            "obj_fn": value_fn,
+        }
+        updates, opt_state = tx.update(
+            grads, opt_state, params, **_protocol.accepted(tx.update, extra_args)
+        )
+        return ((value, aux) if has_aux else value), updates, opt_state
+
+    return step
+
+
+def _mean(losses: jax.Array) -> jax.Array:
+    return jnp.mean(losses, dtype=_tree.accumulator_dtype(losses.dtype))
+
+
+def _value_function(
+    loss_fn: Callable[..., jax.Array], batch: Any
+) -> Callable[..., jax.Array]:
+    """The clean mean loss as a function of params alone, for line searches."""
+
+    # A line search hands its value_fn the extra arguments that it names, and fails on
+    # those that nobody names: hence names for all that value_and_update passes.
+    def value_fn(
+        params: optax.Params,
+        loss_fn: Any = loss_fn,
+        batch: Any = batch,
+        losses: Any = None,
+        pullback: Any = None,
+        obj_fn: Any = None,
+    ) -> jax.Array:
+        del losses, pullback, obj_fn
+        return _mean(loss_fn(params, batch))
+
+    return value_fn
