@@ -61,9 +61,8 @@ every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 
 def structure_of(tree):
     """Structure, shapes, dtypes and weak types: what a scan asks to stay the same."""
-    return jax.tree.structure(tree), [
-        jax.typeof(jnp.asarray(x)) for x in jax.tree.leaves(tree)
-    ]
+    leaves = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+    return jax.tree.structure(tree), leaves
 
 
 def make_step(tx, problem):
@@ -85,14 +84,15 @@ def test_state_is_stable_and_nothing_recompiles(method, base):
     params = jax.tree.map(jnp.copy, problem.params)
     opt_state = tx.init(params)
     before = structure_of((params, opt_state))
-    for _ in range(4):
-        params, opt_state, _ = step(params, opt_state, problem.batch)
+    for _ in range(2):
+        params, opt_state, value = step(params, opt_state, problem.batch)
         assert structure_of((params, opt_state)) == before
     assert step._cache_size() == 1
-    scanned = problems.train(tx, problem, 4)
-    problems.assert_trees_close(scanned, (params, opt_state), rtol=1e-3, atol=1e-5)
+    assert np.isfinite(value)
     assert np.isfinite(problems.norm(params))
     problems.assert_trees_differ(params, problem.params)
+    # A scan refuses, as it is traced, a carry whose types change.
+    jax.eval_shape(lambda: problems.train(tx, problem, 2))
 
 
 @every_base
@@ -124,12 +124,18 @@ def test_updates_and_states_keep_their_dtypes(method, base, dtype):
     tx = method(BASES[base]())
     step = optax_sam.value_and_update(problem.loss_fn, tx)
     opt_state = tx.init(problem.params)
-    _, updates, after = jax.jit(step)(problem.params, opt_state, problem.batch)
+    _, updates, after = jax.eval_shape(step, problem.params, opt_state, problem.batch)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     assert structure_of(after) == structure_of(opt_state)
-    params, _ = problems.train(tx, problem, 20)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@every_method
+def test_trains_in_half_precision(method, dtype):
+    problem = problems.perceptron(dtype)
+    params, _ = problems.train(method(BASES["adamw"]()), problem, 20)
     loss = problems.mean_loss(problem)
-    assert loss(params) < loss(problem.params)
+    assert loss(params) < 0.9 * loss(problem.params)
 
 
 @pytest.mark.usefixtures("x64")

@@ -1,0 +1,65 @@
+"""The README's code runs, and its quickstarts are short and learn."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import optax_sam
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+LINEN, NNX, COMPOSING, BY_HAND = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("quickstart", [LINEN, NNX], ids=["linen", "nnx"])
+def test_quickstarts_have_at_most_twenty_lines(quickstart):
+    assert len(quickstart.strip().splitlines()) <= 20
+
+
+def test_linen_quickstart_learns():
+    scope = {}
+    exec(LINEN, scope)
+    losses = scope["loss_fn"](scope["params"], scope["batch"])
+    assert np.mean(losses) < 1.0  # From about log(10) = 2.3.
+
+
+def test_nnx_quickstart_takes_a_step():
+    scope = {}
+    exec(NNX, scope)
+    from flax import nnx
+
+    before, after = scope["params"], nnx.state(scope["model"], nnx.Param)
+    problems.assert_trees_differ(after, before)
+    paths = jax.tree.leaves_with_path(scope["rest"])
+    (mean,) = [x for path, x in paths if "mean" in jax.tree_util.keystr(path)]
+    assert mean.shape == (32,)
+    assert jnp.any(mean != 0)  # One clean pass moved it away from zero.
+
+
+def test_composing_and_by_hand():
+    problem = problems.perceptron()
+    scope = {"jax": jax, "optax": optax, "optax_sam": optax_sam}
+    exec(COMPOSING, scope)
+    mean_loss = problems.mean_loss(problem)
+    scope |= {
+        "params": problem.params,
+        "opt_state": scope["tx"].init(problem.params),
+        "grads": jax.grad(mean_loss)(problem.params),
+        "loss_fn": problem.loss_fn,
+        "batch": problem.batch,
+        "mean_loss": mean_loss,
+    }
+    exec(BY_HAND, scope)
+    assert problems.norm(scope["updates"]) > 0
+
+
+def test_two_commands():
+    main_job, tests = COMMANDS
+    assert main_job.endswith("examples/compare.py")
+    assert tests.endswith("-m pytest -n 2")
