@@ -56,7 +56,7 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
 
 def max_abs(tree: chex.ArrayTree) -> jax.Array:
     """The largest absolute value in a tree, NaN if there is one; 0 if it is empty."""
-    largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(upcast(tree))]
+    largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.maximum, largest, jnp.zeros([]))
 
 

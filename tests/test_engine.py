@@ -248,6 +248,18 @@ def test_a_gradient_that_is_not_finite_changes_no_state_and_perturbs_nothing(
     assert problems.norm(jax.tree.map(jnp.subtract, points[0], params)) > 0.01
 
 
+def test_it_is_the_clean_gradient_that_must_be_finite_not_what_the_ascent_makes_of_it():
+    ascent = optax.chain(
+        optax.zero_nans(),
+        optax_sam.suppress_variance(0.5),
+        optax_sam.scale_to_radius(0.1),
+    )
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    params, state = jnp.ones(2), tx.init(jnp.ones(2))
+    _, after = tx.update(jnp.array([1.0, jnp.nan]), state, params, grad_fn=lambda p: p)
+    problems.assert_trees_equal(after.ascent_state, state.ascent_state)
+
+
 def test_ascent_states_of_any_dtype_survive_a_bad_gradient():
     def init_fn(params):
         del params

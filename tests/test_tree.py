@@ -27,6 +27,13 @@ def test_scale_to_norm_is_exact_where_squares_are_not(dtype, scale):
     assert problems.norm(out) == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_scale_to_norm_rounds_nothing_to_the_dtype_of_its_input(dtype):
+    tree = jax.random.normal(jax.random.key(0), (1000,), dtype)
+    expected = np.asarray(tree, np.float64) / problems.norm(tree)
+    np.testing.assert_allclose(_tree.scale_to_norm(tree, 1.0), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_to_norm_in_float32_beyond_the_range_of_squares(scale):
     out = _tree.scale_to_norm(scale * jnp.arange(1.0, 5.0), 2.0)
@@ -51,8 +58,10 @@ def test_scale_to_norm_of_zero_empty_and_absent():
 
 @pytest.mark.usefixtures("x64")
 def test_accumulates_in_float64_under_x64():
-    out = _tree.scale_to_norm([jnp.ones(3, jnp.float32), jnp.ones(3, jnp.float64)], 1.0)
-    assert all(x.dtype == jnp.float64 for x in out)
+    tree = [jax.random.normal(jax.random.key(0), (100,), jnp.float32)]
+    out = _tree.scale_to_norm(tree, 1.0)
+    assert out[0].dtype == jnp.float64
+    assert problems.norm(out) == pytest.approx(1.0, rel=1e-14)
 
 
 def test_map_present_and_cast_like():
