@@ -1,0 +1,94 @@
+"""What the scripts share: checks of options, errors in one line, where results go."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import optax_sam
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line and status 2 if what the user gave is wrong."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def require(condition: bool, requirement: str, value: object) -> None:
+    """Raises a ValueError, which says what is required, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{requirement}, got {value}.")
+
+
+def check_training(options: Any, num_examples: int) -> None:
+    """Checks the options of any training, given the number of training images.
+
+    Raises:
+      ValueError: if one is out of range; the message says which range.
+    """
+    for name in ("epochs", "width", "batch_size"):
+        value, flag = getattr(options, name), name.replace("_", "-")
+        require(value >= 1, f"--{flag} must be at least 1", value)
+    require(
+        min(options.stages, default=0) >= 1,
+        "--stages must be numbers of blocks, each at least 1, such as 1 1 1",
+        " ".join(map(str, options.stages)) or "none",
+    )
+    require(
+        options.batch_size <= num_examples,
+        f"--batch-size must be at most {num_examples:,}, the number of training images",
+        options.batch_size,
+    )
+    require(
+        0 < options.learning_rate < float("inf"),
+        "--learning-rate must be positive and finite",
+        options.learning_rate,
+    )
+    require(
+        0 <= options.weight_decay < float("inf"),
+        "--weight-decay must be at least 0 and finite",
+        options.weight_decay,
+    )
+    require(
+        0 <= options.dropout < 1,
+        "--dropout must be at least 0 and below 1",
+        options.dropout,
+    )
+
+
+def make_run_directory(out: Path | None, name: str) -> Path:
+    """Makes the directory of the results, by default `runs/<name>-<time>`."""
+    directory = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that can change the figures, and the kind of device."""
+    packages = ("jax", "jaxlib", "flax", "optax", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        "optax_sam": optax_sam.__version__,
+        **{package: version(package) for package in packages},
+        "backend": jax.default_backend(),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes numbers, strings and paths as JSON, anything else by its name."""
+
+    def encode(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else getattr(value, "__name__", "")
+
+    path.write_text(json.dumps(content, indent=1, default=encode) + "\n")

@@ -1,0 +1,104 @@
+"""The methods that the scripts can train with, and the optimizer beneath them.
+
+A method is a function of a base optimizer and its own hyperparameters, whose defaults
+stand here and can be changed on the command line. One line adds a method.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import optax
+
+import optax_sam
+
+
+def _base_alone(base: optax.GradientTransformation) -> optax.GradientTransformation:
+    return base
+
+
+# By the name of the method, then by that of the hyperparameter.
+Hyperparameters = Mapping[str, Mapping[str, Any]]
+
+METHODS: Mapping[str, partial[Any]] = {
+    "sgd": partial(_base_alone),
+    "sam": partial(optax_sam.sam, rho=0.2),
+    "vasso": partial(optax_sam.vasso, rho=0.2, theta=0.4),
+    "asam": partial(optax_sam.asam, rho=1.0),
+}
+
+
+# The papers' values on CIFAR-10, where they differ from those for the noisy digits.
+CIFAR10_HYPERPARAMETERS: Hyperparameters = {
+    "sam": {"rho": 0.1},
+    "vasso": {"rho": 0.1, "theta": 0.9},
+    "asam": {"rho": 0.5},
+}
+
+
+def momentum_sgd(
+    learning_rate: float, num_steps: int, weight_decay: float
+) -> optax.GradientTransformation:
+    """SGD with momentum 0.9, cosine learning rate down to 0 and L2 weight decay."""
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=0.9)
+    )
+
+
+def hyperparameters(
+    methods: Iterable[str],
+    assignments: Sequence[str] = (),
+    defaults: Hyperparameters = MappingProxyType({}),
+) -> dict[str, dict[str, Any]]:
+    """The hyperparameters of each method: its defaults, changed by assignments.
+
+    Args:
+      methods: names out of `METHODS`.
+      assignments: such as `rho=0.1`, for all methods that have a rho, or
+        `vasso.rho=0.1` for one. The later one counts.
+      defaults: for some methods, what replaces the defaults of `METHODS`.
+
+    Raises:
+      ValueError: if a method is unknown, an assignment is no number, or nothing takes
+        it.
+    """
+    chosen = {}
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(
+                f"unknown method {method!r}; choose from {', '.join(METHODS)}."
+            )
+        chosen[method] = METHODS[method].keywords | dict(defaults.get(method, {}))
+    for assignment in assignments:
+        _assign(chosen, assignment)
+    return chosen
+
+
+def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
+    target, _, value = assignment.partition("=")
+    method, _, name = target.rpartition(".")
+    # Only numbers can be given on a command line.
+    takers = [
+        values
+        for taker, values in chosen.items()
+        if method in ("", taker) and isinstance(values.get(name), int | float)
+    ]
+    if not takers:
+        available = ", ".join(
+            f"{taker}.{key}" for taker, values in chosen.items() for key in values
+        )
+        raise ValueError(
+            f"no chosen method takes {target!r}; "
+            f"they take {available or 'no hyperparameters'}."
+        )
+    for values in takers:
+        number_type: Callable[[str], int | float] = type(values[name])
+        try:
+            values[name] = number_type(value)
+        except ValueError:
+            raise ValueError(
+                f"{assignment!r} has no number after '='; write for example "
+                f"{target}={values[name]}."
+            ) from None

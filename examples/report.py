@@ -1,0 +1,119 @@
+"""The table and the figure of a comparison."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+BASELINE = "sgd"
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the line styles remain
+# in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("solid", "dashed", "dashdot", (0, (1, 1)))
+
+
+@dataclass
+class Curves:
+    """What one method did with one seed, epoch by epoch.
+
+    Attributes:
+      train_loss: mean loss of the clean passes on the noisy labels.
+      train_accuracy: share of noisy labels predicted in the clean passes.
+      valid_accuracy: accuracy on the validation split.
+      test_accuracy: accuracy on the test split.
+      step_seconds: wall time of the epoch over its steps.
+    """
+
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    valid_accuracy: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+
+def summarize(curves: Mapping[str, Sequence[Curves]]) -> dict[str, dict[str, Any]]:
+    """Final accuracies and step times of each method, given its curves by seed."""
+    summary: dict[str, dict[str, Any]] = {}
+    for method, seeds in curves.items():
+        seconds = np.array([seed.step_seconds for seed in seeds])
+        summary[method] = {
+            f"final_{split}_accuracy": _mean_and_std(
+                [getattr(seed, f"{split}_accuracy")[-1] for seed in seeds]
+            )
+            for split in ("test", "valid", "train")
+        }
+        summary[method]["step_seconds"] = float(np.median(seconds))
+        if BASELINE in curves:
+            # Epoch by epoch, as the methods take turns: a slow spell hits all of them.
+            baseline = np.array([seed.step_seconds for seed in curves[BASELINE]])
+            ratio = float(np.median(seconds / baseline))
+            summary[method][f"step_time_over_{BASELINE}"] = ratio
+    return summary
+
+
+def _mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": spread}
+
+
+def print_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Prints final test accuracy and step time of each method."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for column in ("test accuracy (%)", "step (ms)", f"step / {BASELINE}"):
+        table.add_column(column, justify="right")
+    for method, figures in summary.items():
+        accuracy = figures["final_test_accuracy"]
+        spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.1f}"
+        ratio = figures.get(f"step_time_over_{BASELINE}")
+        table.add_row(
+            method,
+            f"{100 * accuracy['mean']:.1f}{spread}",
+            f"{1e3 * figures['step_seconds']:.2f}",
+            "" if ratio is None else f"{ratio:.2f}",
+        )
+    Console(highlight=False).print(table)
+
+
+def plot_test_accuracy(
+    curves: Mapping[str, Sequence[Curves]], title: str, path: Path
+) -> None:
+    """Plots the test accuracy over epochs: mean over seeds, and a deviation around."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (method, seeds) in enumerate(curves.items()):
+        accuracy = 100 * np.array([seed.test_accuracy for seed in seeds])
+        epochs = np.arange(1, accuracy.shape[1] + 1)
+        mean = accuracy.mean(axis=0)
+        axes.plot(
+            epochs,
+            mean,
+            color=COLORS[index % len(COLORS)],
+            linestyle=STYLES[index % len(STYLES)],
+            linewidth=2,
+            label=f"{method}   {mean[-1]:.1f} %",
+        )
+        if len(seeds) > 1:
+            spread = accuracy.std(axis=0, ddof=1)
+            axes.fill_between(
+                epochs,
+                mean - spread,
+                mean + spread,
+                color=COLORS[index % len(COLORS)],
+                alpha=0.18,
+                linewidth=0,
+            )
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("Epoch")
+    axes.set_ylabel("Test accuracy (%)")
+    axes.set_xlim(1, max(2, len(epochs)))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="last epoch", frameon=False, alignment="left")
+    figure.savefig(path, dpi=150)

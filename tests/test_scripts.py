@@ -1,0 +1,179 @@
+import functools
+import json
+
+import compare
+import numpy as np
+import pytest
+import train
+from report import Curves, summarize
+from test_data import PER_FILE, write_binaries, write_pickles
+
+TINY = ["--stages", "1", "--width", "4"]
+
+
+def results(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
+    out = tmp_path / "new" / "comparison"
+    methods = ["--methods", "sgd", "sam", "--hyperparameters", "rho=0.3"]
+    sizes = ["--seeds", "2", "--epochs", "3", "--noise", "0.2", "--dropout", "0.1"]
+    compare.main([*TINY, *methods, *sizes, "--out", str(out)])
+
+    output, progress = capsys.readouterr()
+    assert "seed 1, sam" in progress
+    assert "loss=" in progress
+    assert "accuracy=" in progress
+    assert "test accuracy (%)" in output
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figures = results(out)
+    assert figures["settings"]["noise"] == 0.2
+    assert figures["versions"].keys() >= {"jax", "flax", "optax", "optax_sam"}
+    assert list(figures["methods"]) == ["sgd", "sam"]
+    for method, hyperparameters in (("sgd", {}), ("sam", {"rho": 0.3})):
+        of_method = figures["methods"][method]
+        assert of_method["hyperparameters"] == hyperparameters
+        assert len(of_method["seeds"]) == 2
+        for curves in of_method["seeds"]:
+            assert {len(curve) for curve in curves.values()} == {3}
+        finals = [curves["test_accuracy"][-1] for curves in of_method["seeds"]]
+        mean, std = np.mean(finals), np.std(finals, ddof=1)
+        assert of_method["final_test_accuracy"] == pytest.approx(
+            {"mean": mean, "std": std}
+        )
+        row = next(
+            line for line in output.splitlines() if line.startswith(f"│ {method} ")
+        )
+        assert f"{100 * mean:.1f} ± {100 * std:.1f}" in row
+    assert figures["methods"]["sgd"]["step_time_over_sgd"] == 1
+    # The same seeds draw the same parameters and batches for every method.
+    losses = [
+        figures["methods"][m]["seeds"][0]["train_loss"][0] for m in ("sgd", "sam")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_times_are_medians_of_ratios_within_epochs():
+    times = {"sgd": [1.0, 10.0, 2.0], "sam": [2.0, 30.0, 4.0]}
+    curves = {
+        method: [Curves([0.0], [0.0], [0.0], [0.0], seconds)]
+        for method, seconds in times.items()
+    }
+    summary = summarize(curves)
+    assert summary["sam"]["step_time_over_sgd"] == 2
+    assert summary["sam"]["step_seconds"] == 4
+    assert summary["sam"]["final_test_accuracy"]["std"] is None
+    del curves["sgd"]
+    assert "step_time_over_sgd" not in summarize(curves)["sam"]
+
+
+def test_train_reports_the_last_epoch(tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--method", "vasso", "--epochs", "3", "--hyperparameters", "theta=0.9"]
+    train.main([*TINY, *options, "--out", str(out)])
+
+    output, progress = capsys.readouterr()
+    figures = results(out)
+    assert figures["hyperparameters"]["theta"] == 0.9
+    assert figures["settings"]["learning_rate"] == train.Recipe().learning_rate
+    assert {len(curve) for curve in figures["epochs"].values()} == {3}
+    assert figures["valid_accuracy"] == figures["epochs"]["valid_accuracy"][-1]
+    assert output.count("\n") == 1
+    assert f"test accuracy {100 * figures['test_accuracy']:.2f} %" in output
+    assert "epoch 3 of 3" in progress
+    assert "loss=" in progress
+    assert "accuracy=" in progress
+
+
+@pytest.mark.parametrize("write", [write_pickles, write_binaries])
+def test_train_reads_cifar10(tmp_path, monkeypatch, write):
+    small = functools.partial(train.load_cifar10, num_valid=5, images_per_file=PER_FILE)
+    monkeypatch.setattr(train, "load_cifar10", small)
+    directory = str(write(tmp_path / "cifar"))
+    out = tmp_path / "run"
+    options = ["--dataset", "cifar10", "--data-dir", directory, "--method", "sgd"]
+    sizes = ["--epochs", "1", "--stages", "1", "--width", "2", "--batch-size", "8"]
+    train.main([*options, *sizes, "--out", str(out)])
+    figures = results(out)
+    assert figures["settings"]["augmented"]
+    assert figures["test_accuracy"] * PER_FILE == pytest.approx(
+        round(figures["test_accuracy"] * PER_FILE)
+    )
+
+
+def test_defaults_on_cifar10_are_those_of_the_papers():
+    def recipe(**given):
+        return train.make_recipe(train.Options(dataset="cifar10", **given))
+
+    assert recipe(method="sgd").weight_decay == 5e-4
+    assert recipe(method="sam").weight_decay == 1e-3
+    assert recipe(method="sam", weight_decay=0.0).weight_decay == 0.0
+    sam = recipe(method="sam", width=8)
+    assert (sam.stages, sam.width) == ((2, 2, 2, 2), 8)
+    assert (sam.epochs, sam.batch_size, sam.learning_rate) == (200, 128, 0.05)
+
+
+@pytest.mark.parametrize("script", [compare, train])
+def test_help_names_the_options(script, capsys):
+    with pytest.raises(SystemExit) as status:
+        script.main(["--help"])
+    assert not status.value.code
+    output = capsys.readouterr().out
+    for option in ("--epochs", "--noise", "--hyperparameters", "--out"):
+        assert option in output
+
+
+BAD_OPTIONS = {
+    "method": (["--methods", "adam"], "unknown method 'adam'; choose from"),
+    "epochs": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    "seeds": (["--seeds", "0"], "--seeds must be at least 1"),
+    "no stages": (["--stages"], "--stages must be"),
+    "stages": (["--stages", "1", "0"], "--stages must be"),
+    "batch size": (["--batch-size", "2000"], "at most 1,025"),
+    "noise": (["--noise", "60"], "noise must be a share from 0 to 1, got 60"),
+    "dropout": (["--dropout", "1"], "--dropout must be"),
+    "learning rate": (["--learning-rate", "nan"], "--learning-rate must be"),
+    "weight decay": (["--weight-decay", "-1"], "--weight-decay must be"),
+    "hyperparameter": (["--hyperparameters", "phi=1"], "no chosen method takes 'phi'"),
+    "value": (["--hyperparameters", "rho=-1"], "rho = -1 is out of range"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_compare_refuses_bad_options_in_one_line(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as status:
+        compare.main([*options, "--out", str(tmp_path / "run")])
+    check_refusal(status, capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "cifar10"], "needs --data-dir"),
+        (["--dataset", "cifar10", "--data-dir", "nowhere"], "no CIFAR-10 in nowhere"),
+        (["--method", "rh"], "unknown method 'rh'"),
+        (["--width", "0"], "--width must be at least 1"),
+    ],
+)
+def test_train_refuses_bad_options_in_one_line(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as status:
+        train.main([*options, "--out", str(tmp_path / "run")])
+    check_refusal(status, capsys, message)
+
+
+def test_an_unusable_directory_of_results_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as status:
+        train.main(["--out", str(tmp_path / "file")])
+    check_refusal(status, capsys, "file")
+
+
+def check_refusal(status, capsys, message):
+    assert status.value.code == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
