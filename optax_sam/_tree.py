@@ -33,11 +33,8 @@ def map_present(
 
 
 def accumulator_dtype(dtype: chex.ArrayDType) -> chex.ArrayDType:
-    """The dtype to accumulate `dtype` in: the default float type or wider.
-
-    That is float32, and float64 under `jax_enable_x64`.
-    """
-    return jnp.promote_types(dtype, jnp.result_type(float))
+    """The dtype to accumulate `dtype` in: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def upcast(tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -55,7 +52,10 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def max_abs(tree: chex.ArrayTree) -> jax.Array:
-    """The largest absolute value in a tree, NaN if there is one; 0 if it is empty."""
+    """The largest absolute value in a tree, NaN if there is one; 0 if it is empty.
+
+    In the default float type, which is float64 under `jax_enable_x64`, or wider.
+    """
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.maximum, largest, jnp.zeros([]))
 
@@ -72,13 +72,14 @@ def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:
       norm: Scalar, the norm of the result.
 
     Returns:
-      The scaled tree, in the dtypes the leaves accumulate in. Zeros if `tree` is all
-      zeros; not finite if `tree` is not.
+      The scaled tree, in the default float type or wider. Zeros if `tree` is all zeros;
+      not finite if `tree` is not.
     """
     largest = max_abs(tree)
     # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
     largest = jnp.where(largest == 0, 1, largest)
-    unit = map_present(lambda x: x / largest, upcast(tree))
+    # In the type of `largest`, so that nothing is rounded to half precision below.
+    unit = map_present(lambda x: x / largest, tree)
     squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(unit)]
     total = functools.reduce(jnp.add, squares, jnp.zeros([]))
     # The same case: any other tree has an entry of absolute value one here.
