@@ -66,19 +66,25 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Prints final test accuracy and step time of each method."""
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for column in ("test accuracy (%)", "step (ms)", f"step / {BASELINE}"):
+    columns = ("test accuracy (%)", "validation (%)", "step (ms)", f"step / {BASELINE}")
+    for column in columns:
         table.add_column(column, justify="right")
     for method, figures in summary.items():
-        accuracy = figures["final_test_accuracy"]
-        spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.1f}"
         ratio = figures.get(f"step_time_over_{BASELINE}")
         table.add_row(
             method,
-            f"{100 * accuracy['mean']:.1f}{spread}",
+            _percent(figures["final_test_accuracy"]),
+            _percent(figures["final_valid_accuracy"]),
             f"{1e3 * figures['step_seconds']:.2f}",
             "" if ratio is None else f"{ratio:.2f}",
         )
     Console(highlight=False).print(table)
+
+
+def _percent(accuracy: Mapping[str, float | None]) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    values = (accuracy["mean"], accuracy["std"])
+    return " ± ".join(f"{100 * value:.1f}" for value in values if value is not None)
 
 
 def plot_test_accuracy(
@@ -97,7 +103,10 @@ def plot_test_accuracy(
             color=COLORS[index % len(COLORS)],
             linestyle=STYLES[index % len(STYLES)],
             linewidth=2,
-            label=f"{method}   {mean[-1]:.1f} %",
+            marker="o",
+            markevery=[-1],
+            clip_on=False,
+            label=f"{mean[-1]:.1f} %  {method}",
         )
         if len(seeds) > 1:
             spread = accuracy.std(axis=0, ddof=1)

@@ -315,3 +315,15 @@ def test_cutout_removes_a_square_from_half_of_the_images():
     assert (heights[cut].min(), heights[cut].max()) == (8, 16)
     # Corners are uniform on [-8, 24), so rows are cut by 8 to 16 pixels, 14 on average.
     np.testing.assert_allclose(areas[cut].mean(), 14.0**2, rtol=0.03)
+
+
+def test_augmentation_crops_flips_and_cuts_out():
+    ramp = jnp.broadcast_to(jnp.arange(1.0, 33).reshape(1, 1, 32, 1), (64, 32, 32, 1))
+    images = np.asarray(jax.jit(data.augment)(jax.random.key(0), ramp))[..., 0]
+    # Padding reaches four pixels in, so that only Cutout makes zeros further inside.
+    whole = images[(images[:, 5:-5, 5:-5] > 0).all(axis=(1, 2))]
+    assert 16 < len(whole) < 48
+    rows = whole[:, 16]
+    assert {*(rows[:, 16] - rows[:, 15])} == {-1.0, 1.0}
+    assert len({*rows[:, 16]}) > 4
+    assert {*whole[:, 0].any(axis=1)} == {False, True}

@@ -5,6 +5,7 @@ import compare
 import numpy as np
 import pytest
 import train
+from methods import METHODS
 from report import Curves, summarize
 from test_data import PER_FILE, write_binaries, write_pickles
 
@@ -120,7 +121,7 @@ def test_help_names_the_options(script, capsys):
         script.main(["--help"])
     assert not status.value.code
     output = capsys.readouterr().out
-    for option in ("--epochs", "--noise", "--hyperparameters", "--out"):
+    for option in ("--epochs", "--noise", "--hyperparameters", "--out", *METHODS):
         assert option in output
 
 

@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +24,31 @@ SEED = 3
 
 
 def make_dataset(size=16):
+    """Noise, brighter in a row that depends on the class."""
     rng = np.random.default_rng(0)
+    labels = np.arange(size, dtype=np.int32) % 3
     images = rng.normal(2, 3, (size, 4, 4, 1)).astype(np.float32)
-    split = Split(images, rng.integers(0, 3, size).astype(np.int32))
-    mean, std = np.array([2], np.float32), np.array([3], np.float32)
-    return Dataset("noise", 3, split, split, split, mean, std)
+    images[np.arange(size), labels] += 9
+    split = Split(images, labels)
+    mean, std = np.array([4], np.float32), np.array([5], np.float32)
+    return Dataset("rows", 3, split, split, split, mean, std)
 
 
-def make_model(dropout_rate=0.0):
-    return ResNet((1,), 3, width=4, conv=PatchConv, dropout_rate=dropout_rate)
+# The stem and the head alone, which compile fast: they have both of what is tested.
+MODEL = ResNet((), 3, width=4, conv=PatchConv)
+DROPOUT_MODEL = MODEL.clone(dropout_rate=0.5)
+NO_MOVE = optax.sgd(0.0)
 
 
-def train(model, tx, dataset, indices, **kwargs):
+@cache
+def initializer(model):
+    return make_init(model, make_dataset())
+
+
+def train(model, tx, indices, **kwargs):
     """The state before, that after some steps, and the metrics."""
-    init = make_init(model, dataset)
-    before, state = init(SEED, tx), init(SEED, tx)
+    dataset = make_dataset()
+    before, state = initializer(model)(SEED, tx), initializer(model)(SEED, tx)
     train_steps = make_train_steps(model, tx, dataset, **kwargs)
     after, metrics = train_steps(state, dataset.train, indices, jax.random.key(1))
     return before, after, metrics
@@ -50,10 +60,9 @@ def assert_trees(compare, actual, expected):
 
 
 def test_batch_statistics_are_those_of_the_clean_pass():
-    dataset, model = make_dataset(), make_model()
+    dataset = make_dataset()
     tx = optax_sam.sam(optax.sgd(0.1), rho=0.5)
-    indices = jnp.arange(16).reshape(1, 16)
-    before, after, _ = train(model, tx, dataset, indices)
+    before, after, _ = train(MODEL, tx, jnp.arange(16).reshape(1, 16))
 
     images = normalize(dataset.train.images, dataset.mean, dataset.std)
     batch = Split(images, dataset.train.labels)
@@ -61,7 +70,7 @@ def test_batch_statistics_are_those_of_the_clean_pass():
     @jax.jit
     def statistics_and_gradient(params):
         def loss(params):
-            losses, (batch_stats, _) = make_loss_fn(model)(
+            losses, (batch_stats, _) = make_loss_fn(MODEL)(
                 params, batch, before.batch_stats, jax.random.key(0)
             )
             return jnp.mean(losses), batch_stats
@@ -96,22 +105,20 @@ def test_batch_statistics_are_those_of_the_clean_pass():
 
 def test_dropout_draws_are_the_same_in_both_passes():
     # With rho = 0 both passes are at the same parameters: only another draw of dropout
-    # could make SAM's gradient another than SGD's.
-    dataset, model = make_dataset(), make_model(dropout_rate=0.5)
+    # could make SAM's gradient another than SGD's, up to how XLA rounds two programs.
     indices = shuffled_batches(jax.random.key(0), 16, 4)
     base = momentum_sgd(0.1, 8, 1e-3)
-    _, sgd, _ = train(model, base, dataset, indices)
-    _, sam, _ = train(model, optax_sam.sam(base, rho=0.0), dataset, indices)
-    assert_trees(np.testing.assert_array_equal, sam.params, sgd.params)
-    assert_trees(np.testing.assert_array_equal, sam.batch_stats, sgd.batch_stats)
+    before, sgd, _ = train(DROPOUT_MODEL, base, indices)
+    _, sam, _ = train(DROPOUT_MODEL, optax_sam.sam(base, rho=0.0), indices)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    assert_trees(close, sam._replace(opt_state=()), sgd._replace(opt_state=()))
+    assert optax.tree.norm(optax.tree.sub(sam.params, before.params)) > 0.1
 
 
 def test_every_step_has_its_own_dropout():
-    dataset, model = make_dataset(), make_model(dropout_rate=0.5)
-    no_move = optax.sgd(0.0)
     batch = jnp.arange(8)
     losses = [
-        train(model, no_move, dataset, jnp.stack(batches))[2].loss
+        train(DROPOUT_MODEL, NO_MOVE, jnp.stack(batches))[2].loss
         for batches in ([batch], [batch, batch])
     ]
     assert losses[0] != losses[1]
@@ -119,23 +126,25 @@ def test_every_step_has_its_own_dropout():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method):
-    dataset, model = make_dataset(), make_model()
+    dataset = make_dataset()
     base = momentum_sgd(0.05, 60, 0.0)
-    tx = METHODS[method](base, **METHODS[method].keywords)
+    # The defaults are for a larger model.
+    small = {"rho": 0.05} if "rho" in METHODS[method].keywords else {}
+    tx = METHODS[method](base, **small)
     indices = jnp.concatenate(
         [shuffled_batches(jax.random.key(epoch), 16, 8) for epoch in range(30)]
     )
-    before, after, _ = train(model, tx, dataset, indices)
-    evaluate = make_evaluate(model, dataset)
+    before, after, _ = train(MODEL, tx, indices)
+    evaluate = make_evaluate(MODEL, dataset)
     assert (
         evaluate(after, dataset.test).loss < evaluate(before, dataset.test).loss - 0.2
     )
 
 
 def test_training_compiles_once_and_donates_its_state():
-    dataset, model = make_dataset(), make_model()
+    dataset = make_dataset()
     tx = optax_sam.sam(momentum_sgd(0.1, 4, 0.0), rho=0.1)
-    init, train_steps = make_init(model, dataset), make_train_steps(model, tx, dataset)
+    init, train_steps = initializer(MODEL), make_train_steps(MODEL, tx, dataset)
     for seed in range(2):
         state = first = init(seed, tx)
         for epoch in range(2):
@@ -147,11 +156,9 @@ def test_training_compiles_once_and_donates_its_state():
 
 
 def test_metrics_are_means_over_the_steps():
-    dataset, model = make_dataset(), make_model()
-    no_move = optax.sgd(0.0)
     indices = jnp.arange(16).reshape(2, 8)
-    both = train(model, no_move, dataset, indices)[2]
-    single = [train(model, no_move, dataset, indices[i : i + 1])[2] for i in range(2)]
+    both = train(MODEL, NO_MOVE, indices)[2]
+    single = [train(MODEL, NO_MOVE, indices[i : i + 1])[2] for i in range(2)]
     np.testing.assert_allclose(
         both.loss, (single[0].loss + single[1].loss) / 2, rtol=1e-5
     )
@@ -160,18 +167,16 @@ def test_metrics_are_means_over_the_steps():
 
 
 def test_augmentation_is_applied_on_request():
-    dataset, model = make_dataset(), make_model()
-    no_move = optax.sgd(0.0)
     indices = jnp.arange(16).reshape(1, 16)
-    plain = train(model, no_move, dataset, indices)[2]
-    augmented = train(model, no_move, dataset, indices, augmented=True)[2]
+    plain = train(MODEL, NO_MOVE, indices)[2]
+    augmented = train(MODEL, NO_MOVE, indices, augmented=True)[2]
     assert abs(plain.loss - augmented.loss) > 1e-3
 
 
 @pytest.mark.parametrize("chunk_size", [4, 7, 16, 100])
 def test_evaluation_covers_the_whole_split_with_running_statistics(chunk_size):
-    dataset, model = make_dataset(), make_model(dropout_rate=0.5)
-    state = make_init(model, dataset)(SEED, optax.sgd(0.1))
+    dataset, model = make_dataset(), DROPOUT_MODEL
+    state = initializer(model)(SEED, optax.sgd(0.1))
     batch_stats = jax.tree.map(lambda x: x + 0.3, state.batch_stats)
     state = state._replace(batch_stats=batch_stats)
     metrics = make_evaluate(model, dataset, chunk_size=chunk_size)(state, dataset.test)
