@@ -186,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
     summary = summarize(curves)
     spread = "" if options.seeds == 1 else ": mean and standard deviation"
     title = (
-        f"Digits, {100 * options.noise:g} % of the labels wrong, "
+        f"Digits, {100 * options.noise:g} % wrong labels, "
         f"{options.seeds} seed{'s' if options.seeds > 1 else ''}{spread}"
     )
     print_table(summary, title)

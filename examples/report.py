@@ -104,6 +104,7 @@ def plot_test_accuracy(
             linestyle=STYLES[index % len(STYLES)],
             linewidth=2,
             marker="o",
+            markersize=5,
             markevery=[-1],
             clip_on=False,
             label=f"{mean[-1]:.1f} %  {method}",
@@ -124,5 +125,5 @@ def plot_test_accuracy(
     axes.set_xlim(1, max(2, len(epochs)))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="last epoch", frameon=False, alignment="left")
+    axes.legend(title="last epoch", frameon=False, alignment="left", handlelength=4)
     figure.savefig(path, dpi=150)
