@@ -21,8 +21,8 @@ def _base_alone(base: optax.GradientTransformation) -> optax.GradientTransformat
 # By the name of the method, then by that of the hyperparameter.
 Hyperparameters = Mapping[str, Mapping[str, Any]]
 
-# With these compare.py, as it stands, does best on the validation split, out of rho 0.4,
-# 0.5 and 0.6 (ASAM: 2 and 3) and theta 0.4 and 0.9.
+# With these compare.py, as it stands, does best on the validation split, out of rho
+# 0.4, 0.5 and 0.6 (ASAM: 2 and 3) and theta 0.4 and 0.9.
 METHODS: Mapping[str, partial[Any]] = {
     "sgd": partial(_base_alone),
     "sam": partial(optax_sam.sam, rho=0.5),
