@@ -1,0 +1,60 @@
+"""The benchmark scripts, in configurations that take seconds."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import step_cost
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--stage-sizes=1",
+    "--width=8",
+    "--batch-size=2",
+    "--image-size=4",
+    "--rounds=2",
+]
+
+
+def test_step_cost_writes_and_prints_every_row(tmp_path, capsys):
+    path = tmp_path / "new" / "costs.json"
+    step_cost.main([*TINY, "--json", str(path)])
+    results = json.loads(path.read_text())
+    rows = results["rows"]
+    assert list(rows) == list(step_cost.ROWS)
+    for row in rows.values():
+        assert all(math.isfinite(figure) and figure > 0 for figure in row.values())
+    assert rows[step_cost.SGD]["flops_over_sgd"] == 1
+    assert rows[step_cost.SGD]["time_over_sgd"] == 1
+    assert rows[step_cost.CONTRIB]["temp_over_contrib"] == 1
+    assert rows[step_cost.HAND_WRITTEN]["time_over_hand_written"] == 1
+    assert rows["optax_sam.vasso"]["state_over_params"] > 1.99
+    assert results["settings"]["stage_sizes"] == [1]
+    assert {"jax", "flax", "optax", "optax_sam"} <= set(results["versions"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+
+
+def test_step_cost_refuses_no_rounds(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        step_cost.main(["--rounds", "0"])
+    assert capsys.readouterr().err == "error: --rounds must be at least 1, got 0.\n"
+
+
+@pytest.mark.parametrize("script", ["step_cost.py"])
+def test_a_benchmark_runs_as_a_script(script):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    completed = subprocess.run(
+        [sys.executable, f"examples/benchmarks/{script}", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "--json" in completed.stdout

@@ -1,0 +1,115 @@
+"""Compiled steps of a small ResNet: FLOPs, temporary memory, state. No timings."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from benchmarks import step_cost
+
+import optax_sam
+
+# Convolutions make up nearly all of the FLOPs, or parameters half of the memory.
+MANY_FLOPS = step_cost.Options(stage_sizes=(1, 1), width=16, batch_size=16)
+MANY_PARAMETERS = step_cost.Options((1, 1), width=64, batch_size=2, image_size=8)
+RESNET18 = step_cost.Options(width=16, batch_size=8)
+
+
+def perturbing(*layers, mask_first=True):
+    """SAM that perturbs only some of the layers."""
+
+    def mask(params):
+        return {name: name in layers for name in params}
+
+    links = [optax_sam.perturb_only(mask), optax_sam.scale_to_radius(step_cost.RHO)]
+    ascent = optax.chain(*(links if mask_first else reversed(links)))
+    return step_cost.engine(optax_sam.sharpness_aware(step_cost.BASE, ascent))
+
+
+ROWS = {
+    **step_cost.ROWS,
+    "nothing": perturbing(),
+    "last stage": perturbing("BasicBlock_1", "Dense_0"),
+    "last stage, scaled first": perturbing("BasicBlock_1", "Dense_0", mask_first=False),
+    "last block": perturbing("BasicBlock_7", "Dense_0"),
+}
+
+problem = functools.cache(step_cost.make_problem)
+
+
+@functools.cache
+def cost(options, row):
+    # The effort that goes into machine code changes none of the figures.
+    compiler_options = {"xla_backend_optimization_level": "0"}
+    return step_cost.compile_step(ROWS[row], problem(options), compiler_options)[2]
+
+
+def flops_over_sgd(row, options=MANY_FLOPS):
+    return cost(options, row)["flops"] / cost(options, step_cost.SGD)["flops"]
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
+def test_a_method_costs_two_passes_and_nothing_else(method):
+    assert 1.99 < flops_over_sgd(f"optax_sam.{method}") < 2.005
+
+
+def test_value_and_update_costs_the_base_nothing():
+    plain = cost(MANY_FLOPS, step_cost.SGD)
+    assert cost(MANY_FLOPS, "SGD value_and_update") == plain
+
+
+@pytest.mark.parametrize("method", ["sam", "vasso"])
+def test_temporary_memory_is_that_of_optax_contrib(method):
+    expected = cost(MANY_PARAMETERS, step_cost.CONTRIB)["temp_bytes"]
+    assert cost(MANY_PARAMETERS, f"optax_sam.{method}")["temp_bytes"] < 1.05 * expected
+
+
+def test_asam_takes_less_than_a_fifth_of_the_parameters_more():
+    sam, asam = (cost(MANY_PARAMETERS, f"optax_sam.{m}") for m in ("sam", "asam"))
+    # XLA on the CPU keeps the scaled gradient of one layer instead of making it again.
+    assert asam["temp_bytes"] - sam["temp_bytes"] < 0.2 * sam["param_bytes"]
+
+
+def test_vasso_keeps_no_temporary_beyond_those_of_sam():
+    sam, vasso = (cost(MANY_PARAMETERS, f"optax_sam.{m}") for m in ("sam", "vasso"))
+    assert vasso["temp_bytes"] - sam["temp_bytes"] < 0.02 * sam["param_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_vasso_adds_one_float32_tree_and_scalars_to_the_state_of_sam(dtype):
+    params = jax.eval_shape(problem(MANY_FLOPS).init)["params"]
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+
+    def arrays(tree):
+        """How often each shape and dtype comes up, scalars left out."""
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
+        return collections.Counter((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+
+    def state(tx):
+        return arrays(jax.eval_shape(tx.init, params))
+
+    average = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, "float32"), params)
+    base, rho = step_cost.BASE, step_cost.RHO
+    assert state(optax_sam.sam(base, rho)) == state(base)
+    assert state(optax_sam.vasso(base, rho, 0.4)) == state(base) + arrays(average)
+
+
+def test_gradients_that_no_perturbation_reads_are_not_computed():
+    everything = flops_over_sgd("optax_sam.sam")
+    # Scaled first, the norm reads every gradient: less is saved.
+    scaled_first = flops_over_sgd("last stage, scaled first")
+    assert flops_over_sgd("last stage") < 1.55 < scaled_first < 1.8 < everything
+
+
+def test_the_last_block_of_resnet18_costs_what_the_readme_says():
+    params = jax.eval_shape(problem(RESNET18).init)["params"]
+    perturbed = step_cost.num_bytes([params["BasicBlock_7"], params["Dense_0"]])
+    assert 0.57 < 1 - perturbed / step_cost.num_bytes(params) < 0.58
+    assert 1 < flops_over_sgd("last block", RESNET18) < 1.39
+
+
+def test_an_ascent_that_perturbs_nothing_costs_no_second_gradient():
+    # At most a forward pass, a third of a step, if the compiler leaves it in twice.
+    assert 0.99 < flops_over_sgd("nothing") < 1.34
