@@ -70,3 +70,13 @@ def test_map_present_and_cast_like():
     cast = _tree.cast_like(tree, {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3)})
     assert cast["a"].dtype == jnp.bfloat16
     assert cast["b"] == ABSENT
+
+
+def test_compiled_code_grows_with_the_number_of_leaves_and_no_faster():
+    def lines(leaves):
+        tree = [jnp.ones(3 + i) for i in range(leaves)]
+        compiled = jax.jit(_tree.scale_to_norm).lower(tree, 1.0).compile()
+        return len(compiled.as_text().splitlines())
+
+    # Twice the leaves: twice the code, and four times if every fusion repeats it all.
+    assert lines(40) < 2.2 * lines(20)
