@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
-from optax_sam._hyperparameter import ScalarOrSchedule, check_scalar, value_at
+from optax_sam._hyperparameter import ScalarOrSchedule, as_schedule
 
 
 def adapt_to_scale(
@@ -50,8 +50,8 @@ def adapt_to_scale(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    check_scalar("adapt_to_scale", "rho", rho)
-    check_scalar("adapt_to_scale", "eta", eta)
+    radius = as_schedule("adapt_to_scale", "rho", rho)
+    offset = as_schedule("adapt_to_scale", "eta", eta)
 
     def init_fn(params: optax.Params) -> AdaptToScaleState:
         del params
@@ -69,13 +69,14 @@ def adapt_to_scale(
                 "adapt_to_scale: params is None, but epsilon is relative to the size "
                 "of each weight; call update(grads, state, params)."
             )
-        offset = value_at(eta, state.count)
+        added = offset(state.count)
 
-        def scale(x: Any, p: Any) -> Any:
-            return x * (jnp.abs(p).astype(x.dtype) + offset.astype(x.dtype))
+        def scale(x: jax.Array, p: Any) -> jax.Array:
+            return x * (jnp.abs(p).astype(x.dtype) + added.astype(x.dtype))
 
-        epsilon = _tree.map_present(scale, _tree.upcast(updates), params)
-        epsilon = _tree.scale_to_norm(epsilon, value_at(rho, state.count))
+        # The unit of the gradient first, so that its product with T has range to spare.
+        epsilon = _tree.map_present(scale, _tree.scale_to_unit(updates), params)
+        epsilon = _tree.scale_to_norm(epsilon, radius(state.count))
         epsilon = _tree.map_present(scale, epsilon, params)
         epsilon = _tree.cast_like(epsilon, params)
         return epsilon, AdaptToScaleState(optax.safe_increment(state.count))

@@ -33,7 +33,8 @@ def sharpness_aware(
 
     A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
     ascent's state as it was. What the base then does with the gradient at :math:`w` is
-    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Where a wrapper
+    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in the
+    ascent count the ascents that were made. Where a wrapper
     has to go in general: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
     the base*. `optax.chain(clip, sharpness_aware(...))` clips the ascent only,
@@ -60,8 +61,9 @@ def sharpness_aware(
         examples.
 
       All of these reach the ascent. The base gets every other extra argument, and of
-      these only what its update spells out by name. :func:`value_and_update` makes the
-      call with all of them. Updates have the dtypes that the base gives them.
+      these only what its update spells out by name (its own update, not one inside a
+      chain). :func:`value_and_update` makes the call with all of them. Updates have
+      the dtypes that the base gives them.
 
     Raises:
       TypeError: If `base` or `ascent` is no transformation; in init and update, if a
@@ -100,7 +102,7 @@ def sharpness_aware(
         params: optax.Params | None = None,
         *,
         loss_fn: Callable[..., jax.Array] | None = None,
-        batch: Any = None,
+        batch: Any = _protocol.MISSING,
         grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
         losses: jax.Array | None = None,
         pullback: Callable[[jax.Array], optax.Updates] | None = None,
@@ -108,16 +110,16 @@ def sharpness_aware(
     ) -> tuple[optax.Updates, SharpnessAwareState]:
         _protocol.check_parameters(params)
         _protocol.check_gradient("grads", updates, params)
-        gradient_at = _protocol.gradient_function(
-            "sharpness_aware", loss_fn, batch, grad_fn
-        )
-        extra_args |= {
+        gradient_at = _protocol.gradient_function(loss_fn, batch, grad_fn)
+        given = {
             "loss_fn": loss_fn,
-            "batch": batch,
             "grad_fn": grad_fn,
             "losses": losses,
             "pullback": pullback,
         }
+        extra_args |= {name: arg for name, arg in given.items() if arg is not None}
+        if batch is not _protocol.MISSING:
+            extra_args["batch"] = batch
         epsilon, ascent_state = ascent.update(
             updates, state.ascent_state, params, **extra_args
         )
@@ -167,11 +169,21 @@ def _skip_if_not_finite(
     """Where the clean gradient is not finite: no perturbation, and the old state."""
     # Only where epsilon is present: to look at the others would make XLA compute them.
     read = _tree.map_present(lambda _, g: g, epsilon, gradient)
-    finite = jnp.isfinite(_tree.max_abs(read))
+    # What an ascent reads beyond that shows in epsilon or in its state.
+    finite = _tree.all_finite((read, epsilon)) & _stays_finite(new_state, old_state)
     epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
     state = jax.tree.map(
-        lambda new, old: new if new is old else jnp.where(finite, new, old),
-        new_state,
-        old_state,
+        lambda new, old: jnp.where(finite, new, old), new_state, old_state
     )
     return epsilon, state
+
+
+def _stays_finite(new_state: optax.OptState, old_state: optax.OptState) -> jax.Array:
+    """Whether every entry of a state that was finite still is."""
+
+    def leaf_stays(new: Any, old: Any) -> jax.Array:
+        if not jnp.issubdtype(jnp.result_type(new), jnp.floating):
+            return jnp.array(True)
+        return jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+
+    return jnp.all(_tree.stack(jax.tree.map(leaf_stays, new_state, old_state)))

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import chex
@@ -13,12 +14,13 @@ import optax
 ScalarOrSchedule: TypeAlias = chex.Numeric | optax.Schedule
 
 
-def check_scalar(
+def as_schedule(
     owner: str, name: str, value: Any, *, low: float = 0.0, high: float = math.inf
-) -> None:
-    """Refuses a scalar hyperparameter that can be seen to be wrong.
+) -> Callable[[chex.Numeric], jax.Array]:
+    """Makes a function of the count of steps out of a scalar hyperparameter.
 
-    Schedules and traced values are let through: what they will be is not known yet.
+    Refuses what can be seen to be wrong. Values of schedules and traced values are let
+    through: they are not known yet.
 
     Args:
       owner: The function the hyperparameter belongs to, for the message.
@@ -27,12 +29,16 @@ def check_scalar(
       low: Smallest value allowed.
       high: Largest value allowed; infinity stands for any finite value.
 
+    Returns:
+      The function from the count of steps to a scalar array.
+
     Raises:
       TypeError: If `value` is neither a real number nor a callable.
-      ValueError: If `value` is not a scalar or lies outside the interval.
+      ValueError: If `value` is not a scalar or lies outside the interval; in a step, if
+        a schedule does not return a scalar.
     """
     if callable(value):
-        return
+        return _checked_schedule(owner, name, value)
     interval = (
         f"[{low:g}, {high:g}]" if high < math.inf else f"a finite number >= {low:g}"
     )
@@ -53,16 +59,25 @@ def check_scalar(
             f"{owner}: {name} must be a scalar, got an array of shape "
             f"{np.shape(value)}; {remedy}."
         )
-    if isinstance(value, jax.core.Tracer):
-        return
-    number = float(value)
-    # Written so that NaN fails.
-    if not (low <= number <= high and math.isfinite(number)):
-        raise ValueError(f"{owner}: {name} = {number:g} is out of range; {remedy}.")
+    if not isinstance(value, jax.core.Tracer):
+        number = float(value)
+        # Written so that NaN fails.
+        if not (low <= number <= high and math.isfinite(number)):
+            raise ValueError(f"{owner}: {name} = {number:g} is out of range; {remedy}.")
+    constant = value if is_array else float(value)
+    return lambda count: jnp.asarray(constant)
 
 
-def value_at(
-    value: ScalarOrSchedule, count: chex.Numeric, dtype: chex.ArrayDType | None = None
-) -> jax.Array:
-    """The value of a scalar hyperparameter after `count` steps, as an array."""
-    return jnp.asarray(value(count) if callable(value) else value, dtype)
+def _checked_schedule(
+    owner: str, name: str, schedule: optax.Schedule
+) -> Callable[[chex.Numeric], jax.Array]:
+    def checked(count: chex.Numeric) -> jax.Array:
+        value = schedule(count)
+        if not isinstance(value, chex.Numeric) or jnp.shape(value):
+            raise ValueError(
+                f"{owner}: the schedule {name} must return a scalar, got {value!r}; "
+                f"pass a function from the count of steps to {name}."
+            )
+        return jnp.asarray(value)
+
+    return checked

@@ -14,6 +14,7 @@ losses, pullback
     pass again.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,33 +26,52 @@ import optax
 from optax_sam import _tree
 
 ARGUMENTS = frozenset({"loss_fn", "batch", "grad_fn", "losses", "pullback"})
+MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
 
 
-def check_callable(name: str, fn: Any, *arguments: str) -> None:
-    """Refuses an `fn` that cannot be called with `arguments` by position."""
+def checked(name: str, fn: Any, *arguments: str) -> Callable[..., Any]:
+    """Returns `fn` with an error that says how it is called, should that not work."""
     call = f"{name}({', '.join(arguments)})"
     if not callable(fn):
         raise TypeError(f"{name} must be a function, called as {call}; got {fn!r}.")
+
+    @functools.wraps(fn)
+    def checked_fn(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except TypeError as error:
+            if _can_be_called(fn, len(arguments)):
+                raise  # A problem of its own, not of how it was called.
+            raise TypeError(
+                f"{name} is called as {call}, but {error}; wrap it in a function of "
+                f"{len(arguments)} positional argument(s)."
+            ) from error
+
+    return checked_fn
+
+
+def _can_be_called(fn: Callable[..., Any], num_arguments: int) -> bool:
     try:
-        inspect.signature(fn).bind(*arguments)
-    except ValueError:  # Some builtins have no signature: let the call decide.
-        return
-    except TypeError as error:
-        raise TypeError(
-            f"{name} is called as {call}, which its signature "
-            f"{inspect.signature(fn)} does not allow ({error}); wrap it in a function "
-            f"of {len(arguments)} positional argument(s)."
-        ) from None
+        inspect.signature(fn).bind(*range(num_arguments))
+    except ValueError:  # Some builtins have no signature.
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def check_losses(losses: Any) -> jax.Array:
     """Returns `losses` if they are per-example losses `[B]` or a scalar loss."""
     if not isinstance(losses, jax.Array):
+        remedy = "Return losses computed from params with jax.numpy."
+        if isinstance(losses, tuple):
+            remedy = (
+                "If it returns (losses, aux), use value_and_update(..., has_aux=True), "
+                "or leave aux out of the loss_fn given to update."
+            )
         raise TypeError(
-            "loss_fn must return an array of per-example losses [B] or a scalar, got "
-            f"{type(losses).__name__}. If it returns (loss, aux), use "
-            "value_and_update(..., has_aux=True), or leave aux out of the loss_fn "
-            "given to update."
+            "loss_fn must return a JAX array of losses, [B] or a scalar, got "
+            f"{type(losses).__name__}. {remedy}"
         )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(
@@ -63,6 +83,10 @@ def check_losses(losses: Any) -> jax.Array:
             "loss_fn must return one loss per example, shape [B], or a scalar; got "
             f"shape {losses.shape}. Reduce the other axes, for example with "
             "losses.mean(axis=tuple(range(1, losses.ndim)))."
+        )
+    if losses.size == 0:
+        raise ValueError(
+            "loss_fn returned no losses, shape [0]; pass a batch with examples in it."
         )
     return losses
 
@@ -119,16 +143,20 @@ def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraAr
             f"{name} must be an Optax gradient transformation, such as "
             f"optax.sgd(0.1); got {tx!r} of type {type(tx).__name__}."
         )
+    keywords = [p for p in _parameters(tx.update).values() if p.kind is p.VAR_KEYWORD]
+    if keywords and not isinstance(tx, optax.GradientTransformationExtraArgs):
+        # Such as optax.MultiSteps: it takes extra arguments but its type denies it.
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
 
 
 def uniform_weights(losses: jax.Array) -> jax.Array:
     """The weights that average `losses`: `1 / B` each, or 1 for a scalar."""
-    return jnp.full_like(losses, 1 / max(losses.size, 1))
+    return jnp.full_like(losses, 1 / losses.size)
 
 
 def gradient_function(
-    owner: str, loss_fn: Any, batch: Any, grad_fn: Any
+    loss_fn: Any, batch: Any, grad_fn: Any
 ) -> Callable[[optax.Params], optax.Updates]:
     """The function `params -> gradient` that the extra arguments describe.
 
@@ -136,9 +164,8 @@ def gradient_function(
     agree, gradients do, to the last bit.
 
     Args:
-      owner: The function that asks, for the message.
       loss_fn: Per-example or scalar losses of `(params, batch)`, or None.
-      batch: The batch for `loss_fn`, or None.
+      batch: The batch for `loss_fn`, or `MISSING`.
       grad_fn: The gradient as a function of params, or None; wins over `loss_fn`.
 
     Returns:
@@ -149,18 +176,16 @@ def gradient_function(
       TypeError: If one of them cannot be called as it has to be.
     """
     if grad_fn is not None:
-        check_callable("grad_fn", grad_fn, "params")
-        gradient: Callable[[optax.Params], optax.Updates] = grad_fn
-        return gradient
-    for name, value in (("loss_fn", loss_fn), ("batch", batch)):
-        if value is None:
+        return checked("grad_fn", grad_fn, "params")
+    for name, missing in (("loss_fn", loss_fn is None), ("batch", batch is MISSING)):
+        if missing:
             raise ValueError(
-                f"{owner}: update needs the gradient at params + epsilon, and {name} "
-                "is missing; call tx.update(grads, state, params, loss_fn=..., "
-                "batch=...), or pass grad_fn=..., or let optax_sam.value_and_update "
-                "make the call."
+                "sharpness_aware: update needs the gradient at params + epsilon, and "
+                f"{name} is missing; call tx.update(grads, state, params, "
+                "loss_fn=..., batch=...), or pass grad_fn=..., or let "
+                "optax_sam.value_and_update make the call."
             )
-    check_callable("loss_fn", loss_fn, "params", "batch")
+    loss_fn = checked("loss_fn", loss_fn, "params", "batch")
 
     def mean_gradient(params: optax.Params) -> optax.Updates:
         losses, vjp = jax.vjp(lambda p: check_losses(loss_fn(p, batch)), params)
@@ -186,10 +211,15 @@ def accepted(
       The arguments that `update` spells out and, if it takes any (`**extra_args`),
       the others that are not withheld.
     """
-    signature = inspect.signature(update).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+    parameters = _parameters(update)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = list(parameters)[3:]  # After updates, state and params.
     return {
         name: value
         for name, value in extra_args.items()
-        if name in signature or (takes_any and name not in withhold)
+        if name in named or (takes_any and name not in withhold)
     }
+
+
+def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(fn).parameters

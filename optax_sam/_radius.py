@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
-from optax_sam._hyperparameter import ScalarOrSchedule, check_scalar, value_at
+from optax_sam._hyperparameter import ScalarOrSchedule, as_schedule
 
 
 def scale_to_radius(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -44,7 +44,7 @@ def scale_to_radius(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    check_scalar("scale_to_radius", "rho", rho)
+    radius = as_schedule("scale_to_radius", "rho", rho)
 
     def init_fn(params: optax.Params) -> ScaleToRadiusState:
         del params
@@ -57,8 +57,7 @@ def scale_to_radius(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleToRadiusState]:
         del extra_args
-        radius = value_at(rho, state.count)
-        epsilon = _tree.scale_to_norm(updates, radius)
+        epsilon = _tree.scale_to_norm(updates, radius(state.count))
         epsilon = _tree.cast_like(epsilon, updates if params is None else params)
         return epsilon, ScaleToRadiusState(optax.safe_increment(state.count))
 

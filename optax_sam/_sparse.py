@@ -21,7 +21,9 @@ def perturb_only(
     The other leaves become `optax.MaskedNode`. They are absent rather than zero, so XLA
     computes no clean gradient for them unless something else reads it. Before
     :func:`scale_to_radius` the perturbed part has the norm `rho`; after it, that part
-    keeps the length that it has in SAM.
+    keeps the length that it has in SAM, and every gradient is computed for the norm.
+    `optax.masked` is no substitute in an ascent: it hands the other leaves' raw
+    gradients on, to be added to the parameters.
 
     To freeze parameters, so that they neither move nor are perturbed, use the same mask
     on both sides::
@@ -36,7 +38,8 @@ def perturb_only(
 
     Args:
       mask: A tree of bools with the structure of the parameters, or a prefix of it:
-        True for leaves to perturb. Or a callable from the parameters to such a tree.
+        True for leaves to perturb. Or a callable from the parameters to such a tree,
+        which also fits where Flax NNX passes plain arrays for its Variables.
 
     Returns:
       A link of an ascent for :func:`optax_sam.sharpness_aware`, without state. Leaves

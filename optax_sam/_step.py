@@ -48,7 +48,8 @@ def value_and_update(
     Raises:
       TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if
         a parameter is not real floating point or the loss no array.
-      ValueError: In the step, if the losses have more than one axis.
+      ValueError: In the step, if the losses have more than one axis or none in number,
+        or if parameters are missing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -63,6 +64,10 @@ def value_and_update(
       >>> params = optax.apply_updates(params, updates)
       >>> print(value, params.round(3))
       1.0 [0.104 0.104]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     tx = _protocol.as_transformation("tx", tx)
     if not callable(loss_fn):

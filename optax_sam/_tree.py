@@ -1,6 +1,6 @@
 """Arithmetic on pytrees of arrays that `optax.tree` lacks.
 
-Everything here works leaf by leaf: nothing is raveled, concatenated or sorted, so
+Everything here works leaf by leaf: no leaf is raveled, concatenated or sorted, so
 that sharded leaves stay where they are. A leaf that is `optax.MaskedNode` is
 *absent*: it takes part in nothing and is handed on as it is.
 """
@@ -36,36 +36,35 @@ def accumulator_dtype(dtype: chex.ArrayDType) -> chex.ArrayDType:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def upcast(tree: chex.ArrayTree) -> chex.ArrayTree:
-    """Casts every leaf to the dtype that its type accumulates in."""
-
-    def wide(leaf: Any) -> jax.Array:
-        return jnp.asarray(leaf, accumulator_dtype(jnp.result_type(leaf)))
-
-    return map_present(wide, tree)
-
-
 def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     """Casts every leaf of `tree` to the dtype of its counterpart in `like`."""
     return map_present(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
 
 
-def max_abs(tree: chex.ArrayTree) -> jax.Array:
-    """The largest absolute value in a tree, NaN if there is one; 0 if it is empty.
+def all_finite(tree: chex.ArrayTree) -> jax.Array:
+    """Whether no entry of a tree is infinite or NaN."""
+    # Not isfinite(max_abs): XLA on the CPU drops NaN from large float32 maxima.
+    return jnp.all(stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
-    In the default float type, which is float64 under `jax_enable_x64`, or wider.
+
+def scale_to_unit(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Divides a tree by its largest absolute value, unless that is zero.
+
+    The result is in the default float type, which is float64 under `jax_enable_x64`, or
+    wider, and its entries are in [-1, 1] whatever the scale and type of `tree`.
     """
-    return jnp.max(
-        _stack([jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)])
-    )
+    leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    largest = jnp.max(stack([jnp.zeros([]), *leaves]))
+    # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
+    largest = jnp.where(largest == 0, 1, largest)
+    return map_present(lambda x: x / largest, tree)
 
 
 def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:
     r"""Scales a tree to a global Euclidean norm: :math:`\text{norm} \cdot x / \|x\|`.
 
-    Dividing by the largest absolute value first leaves entries in [-1, 1] of norm 1 or
-    more: no square overflows, none that matters underflows, and the scale of `tree`
-    drops out whatever it is.
+    Dividing by the largest absolute value first leaves a norm of 1 or more: no square
+    overflows, none that matters underflows, and the scale of `tree` drops out.
 
     Args:
       tree: Pytree of real arrays of any shapes.
@@ -75,22 +74,20 @@ def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:
       The scaled tree, in the default float type or wider. Zeros if `tree` is all zeros;
       not finite if `tree` is not.
     """
-    largest = max_abs(tree)
-    # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
-    largest = jnp.where(largest == 0, 1, largest)
-    # In the type of `largest`, so that nothing is rounded to half precision below.
-    unit = map_present(lambda x: x / largest, tree)
-    total = jnp.sum(_stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(unit)]))
-    # The same case: any other tree has an entry of absolute value one here.
-    total = jnp.where(total == 0, 1, total)
-    factor = norm / jnp.sqrt(total)
+    unit = scale_to_unit(tree)
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(unit)]
+    total = jnp.sum(stack([jnp.zeros([]), *squares]))
+    # Fires where the tree is all zeros: any other has an entry of size one here.
+    factor = norm / jnp.sqrt(jnp.where(total == 0, 1, total))
     return map_present(lambda x: x * factor, unit)
 
 
-def _stack(scalars: list[jax.Array]) -> jax.Array:
-    """A zero and one scalar of each leaf, in the default float type or wider."""
-    stacked = jnp.stack([jnp.zeros([]), *scalars])
+def stack(scalars: chex.ArrayTree) -> jax.Array:
+    """The leaves of a tree of scalars as a vector, empty if there are none."""
+    leaves = jax.tree.leaves(scalars)
+    if not leaves:
+        return jnp.ones([0])
     # Without the barrier XLA on the CPU copies the arithmetic on all scalars into every
     # fusion that reads the result, once per leaf: a quarter of SAM's time in a scan.
     barrier: Callable[[jax.Array], jax.Array] = jax.lax.optimization_barrier
-    return barrier(stacked)
+    return barrier(jnp.stack(leaves))

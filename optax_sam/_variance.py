@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
-from optax_sam._hyperparameter import ScalarOrSchedule, check_scalar, value_at
+from optax_sam._hyperparameter import ScalarOrSchedule, as_schedule
 
 
 def suppress_variance(
@@ -28,7 +28,8 @@ def suppress_variance(
       theta: Weight of the newest gradient, in [0, 1]. A scalar, or a schedule of the
         count of steps.
       accumulator_dtype: Floating-point dtype of the average. None means float32 or
-        wider, since in bfloat16 an average with a small `theta` never moves.
+        wider, since in bfloat16 an average with a small `theta` never moves. A step
+        whose average overflows it perturbs nothing.
 
     Returns:
       A link of an ascent for :func:`optax_sam.sharpness_aware`. It maps a tree of
@@ -52,14 +53,16 @@ def suppress_variance(
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
       Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
     """
-    check_scalar("suppress_variance", "theta", theta, high=1.0)
+    newest = as_schedule("suppress_variance", "theta", theta, high=1.0)
     if accumulator_dtype is not None:
-        _check_floating(accumulator_dtype)
+        accumulator_dtype = _floating_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> SuppressVarianceState:
         def zeros(p: Any) -> jax.Array:
-            wide = _tree.accumulator_dtype(jnp.result_type(p))
-            return jnp.zeros_like(p, dtype=accumulator_dtype or wide)
+            dtype = accumulator_dtype
+            if dtype is None:
+                dtype = _tree.accumulator_dtype(jnp.result_type(p))
+            return jnp.zeros_like(p, dtype=dtype)
 
         return SuppressVarianceState(
             count=jnp.zeros([], jnp.int32), direction=jax.tree.map(zeros, params)
@@ -73,7 +76,7 @@ def suppress_variance(
     ) -> tuple[optax.Updates, SuppressVarianceState]:
         del params, extra_args
         # The first direction is the first gradient: there is nothing to average yet.
-        weight = jnp.where(state.count == 0, 1, value_at(theta, state.count))
+        weight = jnp.where(state.count == 0, 1, newest(state.count))
 
         def average(g: Any, d: jax.Array) -> jax.Array:
             wide = _tree.accumulator_dtype(d.dtype)
@@ -106,13 +109,16 @@ class SuppressVarianceState(NamedTuple):
     direction: chex.ArrayTree
 
 
-def _check_floating(dtype: Any) -> None:
+def _floating_dtype(dtype: Any) -> Any:
     try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        # inject_hyperparams takes a dtype for a schedule and hands on an array.
+        resolved = None if isinstance(dtype, jax.Array) else jnp.dtype(dtype)
     except TypeError:
-        floating = False
-    if not floating:
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
         raise TypeError(
             "suppress_variance: accumulator_dtype must be a floating-point dtype, got "
-            f"{dtype!r}; pass for example jnp.float32, or None for float32 or wider."
+            f"{dtype!r}; pass for example jnp.float32, or None for float32 or wider, "
+            "and name it in static_args under optax.inject_hyperparams."
         )
+    return resolved

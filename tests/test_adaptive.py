@@ -47,6 +47,17 @@ def test_float16_products_that_overflow():
     np.testing.assert_array_equal(out, np.full(4, 250.0, np.float16))
 
 
+@pytest.mark.parametrize(("g", "w"), [(1e30, 1e10), (1e-30, 1e-15)])
+def test_float32_products_out_of_range(g, w):
+    out = epsilon(jnp.full(4, w), jnp.full(4, g))
+    np.testing.assert_allclose(out, np.full(4, 0.25 * w), rtol=1e-6)
+
+
+def test_dtypes_are_the_parameters():
+    out = epsilon(jnp.ones(2, jnp.float32), jnp.ones(2, jnp.bfloat16))
+    assert out.dtype == jnp.float32
+
+
 def test_schedules():
     ascent = optax_sam.adapt_to_scale(lambda t: 1.0 + t, eta=lambda t: 0.5 * t)
     params, grads = jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0])

@@ -101,6 +101,10 @@ def test_loss_runs_once_per_pass_and_the_ascent_gets_the_pullback():
     np.testing.assert_array_equal(
         extra["losses"], PROBLEM.loss_fn(PROBLEM.params, PROBLEM.batch)
     )
+    other = jax.tree.map(lambda x: x[:5], PROBLEM.batch)
+    np.testing.assert_array_equal(
+        extra["loss_fn"](PROBLEM.params, other), PROBLEM.loss_fn(PROBLEM.params, other)
+    )
     weights = jnp.arange(16.0)
     expected = jax.grad(lambda p: jnp.sum(weights * PROBLEM.loss_fn(p, PROBLEM.batch)))(
         PROBLEM.params
@@ -108,7 +112,7 @@ def test_loss_runs_once_per_pass_and_the_ascent_gets_the_pullback():
     problems.assert_trees_close(
         extra["pullback"](weights), expected, rtol=1e-5, atol=1e-5
     )
-    assert len(calls) == 2  # Pulling back runs no forward pass.
+    assert len(calls) == 3  # One for `other`. Pulling back runs no forward pass.
 
 
 def test_aux_comes_from_the_clean_pass_and_later_arguments_go_to_both():
@@ -164,18 +168,33 @@ def test_base_gets_the_protocols_arguments_that_it_names():
 
     base = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
     by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS)
-    assert got == {"batch": PROBLEM.batch, "losses": None, "extra_args": {}}
+    assert got == {"batch": PROBLEM.batch, "losses": 0, "extra_args": {}}
 
 
 def test_ascent_gets_the_protocol_and_unknown_arguments():
     ascent, seen = recorder()
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
     by_hand(tx, PROBLEM, **LOSS, tag="mine")
-    assert {k for k, v in seen["extra_args"].items() if v is not None} == {
-        "loss_fn",
-        "batch",
-        "tag",
-    }
+    assert set(seen["extra_args"]) == {"loss_fn", "batch", "tag"}
+
+
+def test_what_an_ascent_hands_on_is_added_in_the_dtype_of_the_parameters():
+    params = jnp.ones(3, jnp.bfloat16)
+    ascent = optax.stateless(lambda updates, _: updates.astype(jnp.float32))
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    points = []
+    tx.update(params, tx.init(params), params, grad_fn=lambda p: points.append(p) or p)
+    assert points[0].dtype == jnp.bfloat16
+
+
+def test_pullback_takes_float32_weights_for_losses_in_half_precision():
+    problem = problems.perceptron(jnp.bfloat16)
+    ascent, seen = recorder()
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    step = optax_sam.value_and_update(problem.loss_fn, tx)
+    step(problem.params, tx.init(problem.params), problem.batch)
+    gradient = seen["extra_args"]["pullback"](jnp.ones(16, jnp.float32))
+    assert gradient["w0"].dtype == jnp.bfloat16
 
 
 def line_search():
@@ -246,6 +265,53 @@ def test_a_gradient_that_is_not_finite_changes_no_state_and_perturbs_nothing(
     problems.assert_trees_equal(after.ascent_state, state.ascent_state)
     problems.assert_trees_equal(points[-1], params)
     assert problems.norm(jax.tree.map(jnp.subtract, points[0], params)) > 0.01
+
+
+MASK = {"w": True, "b": False}
+LINKS = {
+    "average": optax_sam.suppress_variance(0.5),
+    "radius": optax_sam.scale_to_radius(0.1),
+    "mask": optax_sam.perturb_only(MASK),
+}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("leaf", ["w", "b"])
+@pytest.mark.parametrize(
+    "order",
+    ["average radius", "average radius mask", "average mask radius", "radius mask"],
+)
+def test_training_goes_on_after_a_bad_gradient(order, leaf, bad):
+    """Also where the bad entry is masked, and in leaves where XLA's max drops NaN."""
+    ascent = optax.chain(*(LINKS[link] for link in order.split()))
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
+    points = []
+
+    def grad_fn(params):
+        points.append(params)
+        return params
+
+    state = tx.init(params)
+    _, state = tx.update(params, state, params, grad_fn=grad_fn)
+    spoilt = params | {leaf: params[leaf].at[3, 4].set(bad)}
+    _, after = tx.update(spoilt, state, params, grad_fn=grad_fn)
+    _, after = tx.update(params, after, params, grad_fn=grad_fn)
+    problems.assert_trees_equal(points[1], params)
+    # As if the bad step had not been.
+    problems.assert_trees_equal(points[2], points[0])
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(after))
+    counts = [int(count) for _, count in optax.tree.get_all_with_path(after, "count")]
+    assert set(counts) == {2}
+
+
+def test_an_average_that_overflows_its_dtype_perturbs_nothing():
+    tx = optax_sam.vasso(optax.sgd(0.1), 0.1, 0.5, accumulator_dtype=jnp.float16)
+    params, state = jnp.ones(3), tx.init(jnp.ones(3))
+    for scale in (1.0, 1e6, 1.0):
+        updates, state = tx.update(scale * params, state, params, grad_fn=lambda p: p)
+        assert jnp.isfinite(updates).all()
+    np.testing.assert_array_equal(optax.tree.get(state, "direction"), np.ones(3))
 
 
 def test_it_is_the_clean_gradient_that_must_be_finite_not_what_the_ascent_makes_of_it():

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-import problems
 import pytest
 
 import optax_sam
@@ -53,13 +52,30 @@ def test_functions_that_can_be_called_are():
     update(grad_fn=functools.partial(lambda p, scale: p, scale=2.0))
     update(grad_fn=jax.jit(lambda p: p))
     update(loss_fn=lambda *args: losses(*args), batch=jnp.ones(4))
+    update(loss_fn=lambda p, _: jnp.sum(p["w"]), batch=None)
+
+    def with_key(params, batch, key):
+        return losses(params, batch) + key
+
+    @functools.wraps(with_key)
+    def loss_fn(params, batch):
+        return with_key(params, batch, 0.0)
+
+    update(loss_fn=loss_fn, batch=jnp.ones(4))
+
+
+def test_a_type_error_inside_the_loss_stays_what_it_is():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        update(loss_fn=lambda params, batch: params["w"] + "text", batch=jnp.ones(4))
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
         (lambda p, b: (losses(p, b), 1), TypeError, "got tuple.*has_aux=True"),
-        (lambda p, b: 1.0, TypeError, "got float"),
+        (lambda p, b: 1.0, TypeError, "got float.*jax.numpy"),
+        (lambda p, b: (losses(p, b), 1, 2), TypeError, "got tuple"),
+        (lambda p, b: jnp.ones(0), ValueError, "no losses"),
         (lambda p, b: jnp.zeros(4, jnp.int32), TypeError, "floating-point.*int32"),
         (lambda p, b: jnp.ones((4, 2)), ValueError, r"shape \(4, 2\).*Reduce"),
     ],
@@ -109,6 +125,11 @@ def test_value_and_update_with_the_wrong_loss_fn():
     step = optax_sam.value_and_update(losses, TX, has_aux=True)
     with pytest.raises(TypeError, match="must return a pair"):
         step(PARAMS, TX.init(PARAMS), jnp.ones(4))
+    three = optax_sam.value_and_update(
+        lambda p, b: (losses(p, b), 1, 2), TX, has_aux=True
+    )
+    with pytest.raises(TypeError, match="must return a pair"):
+        three(PARAMS, TX.init(PARAMS), jnp.ones(4))
 
 
 @pytest.mark.parametrize(
@@ -130,15 +151,3 @@ def test_problems_are_reported_under_jit_too():
     step = jax.jit(lambda g: update(g, loss_fn=lambda p, b: jnp.ones((4, 2)), batch=1))
     with pytest.raises(ValueError, match=r"shape \(4, 2\)"):
         step(PARAMS)
-
-
-def test_a_problem_of_floats_alone_is_no_problem():
-    problem = problems.quadratic()
-    updates, _ = TX.update(
-        problem.params,
-        TX.init(problem.params),
-        problem.params,
-        loss_fn=problem.loss_fn,
-        batch=problem.batch,
-    )
-    assert jax.tree.structure(updates) == jax.tree.structure(problem.params)

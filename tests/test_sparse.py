@@ -85,11 +85,6 @@ def test_frozen_parameters_neither_move_nor_are_perturbed():
     trained = {name: name in ("w2", "b2") for name in problem.params}
     frozen = {name: not flag for name, flag in trained.items()}
     seen = []
-
-    def loss_fn(params, batch):
-        seen.append(params)
-        return problem.loss_fn(params, batch)
-
     tx = optax_sam.sharpness_aware(
         optax.chain(
             optax.sgd(0.1, momentum=0.9), optax.masked(optax.set_to_zero(), frozen)

@@ -10,12 +10,28 @@ from optax_sam import _tree
 ABSENT = optax.MaskedNode()
 
 
-def test_max_abs_sees_every_leaf_and_skips_the_absent():
-    tree = {"a": jnp.array([1.0, -7.0]), "b": ABSENT, "c": jnp.float16(3.0), "d": None}
-    assert _tree.max_abs(tree) == 7.0
-    assert _tree.max_abs({}) == 0.0
-    assert _tree.max_abs(jnp.zeros((0, 3))) == 0.0
-    assert jnp.isnan(_tree.max_abs([jnp.array([jnp.nan, 1.0]), jnp.ones(2)]))
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+# XLA on the CPU drops NaN from maxima over 4096 entries or more.
+@pytest.mark.parametrize("shape", [(3,), (64, 64), (300, 40)])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_all_finite(bad, shape, dtype):
+    good = {"a": jnp.ones(shape, dtype), "b": ABSENT, "c": jnp.ones(2), "d": None}
+    spoilt = good | {"a": good["a"].at[1].set(bad)}
+    everywhere = good | {"a": jnp.full(shape, bad, dtype)}
+    for check in (_tree.all_finite, jax.jit(_tree.all_finite)):
+        assert check(good)
+        assert not check(spoilt)
+        assert not check(everywhere)
+    assert _tree.all_finite({})
+    assert _tree.all_finite(jnp.zeros((0, 3)))
+
+
+def test_scale_to_unit():
+    tree = {"a": jnp.array([1.0, -8.0]), "b": ABSENT, "c": jnp.float16(4.0), "d": None}
+    unit = _tree.scale_to_unit(tree)
+    np.testing.assert_array_equal(unit["a"], [0.125, -1.0])
+    assert (unit["b"], unit["c"], unit["d"]) == (ABSENT, 0.5, None)
+    np.testing.assert_array_equal(_tree.scale_to_unit(jnp.zeros(3)), np.zeros(3))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])

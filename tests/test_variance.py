@@ -90,7 +90,8 @@ def test_variance_at_a_fixed_point():
 
 
 def test_bad_accumulator_dtype():
-    for dtype in (jnp.int32, "no dtype", bool):
+    # The last is what inject_hyperparams makes of a dtype that is not in static_args.
+    for dtype in (jnp.int32, "no dtype", bool, jnp.zeros([], jnp.bfloat16)):
         with pytest.raises(TypeError, match="accumulator_dtype must be a floating"):
             optax_sam.suppress_variance(0.1, accumulator_dtype=dtype)
 
