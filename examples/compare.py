@@ -189,8 +189,16 @@ def main(args: Sequence[str] | None = None) -> None:
         f"Digits, {100 * options.noise:g} % wrong labels, "
         f"{options.seeds} seed{'s' if options.seeds > 1 else ''}{spread}"
     )
-    print_table(summary, title)
-    plot_test_accuracy(curves, title, directory / "accuracy.png")
+    labels = {
+        method: " ".join([method, *(f"{k}={v:g}" for k, v in values.items())])
+        for method, values in chosen.items()
+    }
+    print_table({labels[method]: row for method, row in summary.items()}, title)
+    plot_test_accuracy(
+        {labels[method]: seeds for method, seeds in curves.items()},
+        title,
+        directory / "accuracy.png",
+    )
     write_json(
         directory / "results.json",
         {

@@ -211,10 +211,13 @@ def main(args: Sequence[str] | None = None) -> None:
             key = jax.random.fold_in(jax.random.key(options.seed), epoch)
             indices = shuffled_batches(key, num_examples, recipe.batch_size)
             run.train_epoch(indices, key, bar)
-    figures = {
+    figures: dict[str, Any] = {
         "test_accuracy": run.accuracy("test"),
         "valid_accuracy": run.curves["valid_accuracy"][-1],
-        "step_seconds": float(np.median(run.step_seconds)),
+        # The first call compiled; where it was the only one, there is no figure.
+        "step_seconds": (
+            float(np.median(run.step_seconds[1:])) if run.step_seconds[1:] else None
+        ),
     }
     write_json(
         directory / "results.json",
@@ -226,11 +229,12 @@ def main(args: Sequence[str] | None = None) -> None:
             "epochs": run.curves,
         },
     )
+    seconds = figures["step_seconds"]
+    speed = "" if seconds is None else f", {1e3 * seconds:.1f} ms a step"
     print(
         f"{method} on {dataset.name}: test accuracy "
         f"{100 * figures['test_accuracy']:.2f} % after epoch {recipe.epochs} "
-        f"(validation {100 * figures['valid_accuracy']:.2f} %), "
-        f"{1e3 * figures['step_seconds']:.1f} ms a step; "
+        f"(validation {100 * figures['valid_accuracy']:.2f} %){speed}; "
         f"{directory / 'results.json'}"
     )
 

@@ -147,18 +147,18 @@ def vasso(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
-      >>> tx = optax_sam.vasso(optax.sgd(0.1, momentum=0.9), rho=0.05, theta=0.4)
+      >>> tx = optax_sam.vasso(optax.sgd(0.1, momentum=0.9), rho=0.5, theta=0.4)
       >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
       >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
-      >>> params, batch = jnp.zeros(2), jnp.ones((4, 2))
+      >>> params = jnp.zeros(2)
       >>> opt_state = tx.init(params)
-      >>> for _ in range(3):
+      >>> for batch in (jnp.ones((4, 2)), jnp.eye(2), -jnp.eye(2)):
       ...     value, updates, opt_state = step(params, opt_state, batch)
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"{value:.3f}")
       2.000
-      1.257
-      0.389
+      0.605
+      3.058
 
     References:
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance

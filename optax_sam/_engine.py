@@ -33,9 +33,10 @@ def sharpness_aware(
 
     A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
     ascent's state as it was. What the base then does with the gradient at :math:`w` is
-    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in the
-    ascent count the ascents that were made. Where a wrapper
-    has to go in general: what acts on the gradient that moves the parameters
+    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
+    the ascent count the ascents that were made.
+
+    Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
     the base*. `optax.chain(clip, sharpness_aware(...))` clips the ascent only,
     `optax.MultiSteps(sharpness_aware(...), k)` descends along the last of `k`
@@ -110,6 +111,12 @@ def sharpness_aware(
     ) -> tuple[optax.Updates, SharpnessAwareState]:
         _protocol.check_parameters(params)
         _protocol.check_gradient("grads", updates, params)
+        if not isinstance(state, SharpnessAwareState):
+            raise TypeError(
+                "sharpness_aware: state must be a SharpnessAwareState, got "
+                f"{type(state).__name__}; start from tx.init(params) of this very "
+                "transformation."
+            )
         gradient_at = _protocol.gradient_function(loss_fn, batch, grad_fn)
         given = {
             "loss_fn": loss_fn,
@@ -120,11 +127,21 @@ def sharpness_aware(
         extra_args |= {name: arg for name, arg in given.items() if arg is not None}
         if batch is not _protocol.MISSING:
             extra_args["batch"] = batch
-        epsilon, ascent_state = ascent.update(
-            updates, state.ascent_state, params, **extra_args
-        )
-        epsilon, ascent_state = _skip_if_not_finite(
-            updates, epsilon, ascent_state, state.ascent_state
+
+        def ascend(gradient: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
+            new: tuple[optax.Updates, optax.OptState] = ascent.update(
+                gradient, state.ascent_state, params, **extra_args
+            )
+            return new
+
+        epsilon, ascent_state = ascend(updates)
+        finite = _tree.all_finite(_read(ascend, updates, epsilon))
+        # Where it is not: no perturbation, and the ascent's old state.
+        epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
+        ascent_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            ascent_state,
+            state.ascent_state,
         )
         gradient = gradient_at(_perturb(params, epsilon))
         _protocol.check_gradient("grad_fn(params)", gradient, params)
@@ -160,30 +177,23 @@ def _perturb(params: optax.Params, epsilon: optax.Updates) -> optax.Params:
     return jax.tree.map(add, epsilon, params, is_leaf=_tree.is_absent)
 
 
-def _skip_if_not_finite(
+def _read(
+    ascend: Callable[[optax.Updates], Any],
     gradient: optax.Updates,
     epsilon: optax.Updates,
-    new_state: optax.OptState,
-    old_state: optax.OptState,
-) -> tuple[optax.Updates, optax.OptState]:
-    """Where the clean gradient is not finite: no perturbation, and the old state."""
-    # Only where epsilon is present: to look at the others would make XLA compute them.
-    read = _tree.map_present(lambda _, g: g, epsilon, gradient)
-    # What an ascent reads beyond that shows in epsilon or in its state.
-    finite = _tree.all_finite((read, epsilon)) & _stays_finite(new_state, old_state)
-    epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
-    state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), new_state, old_state
+) -> list[jax.Array]:
+    """The leaves of the gradient that the ascent reads.
+
+    To look at a leaf that a static mask drops unread would make XLA compute it; one
+    that is dropped after an average or a norm has read it must be looked at.
+    """
+    leaves, structure = jax.tree.flatten(gradient)
+    if len(jax.tree.leaves(epsilon)) == len(leaves):
+        return leaves
+    jaxpr = jax.make_jaxpr(lambda *g: ascend(jax.tree.unflatten(structure, g)))(
+        *leaves
+    ).jaxpr
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(
+        map(id, jaxpr.outvars)
     )
-    return epsilon, state
-
-
-def _stays_finite(new_state: optax.OptState, old_state: optax.OptState) -> jax.Array:
-    """Whether every entry of a state that was finite still is."""
-
-    def leaf_stays(new: Any, old: Any) -> jax.Array:
-        if not jnp.issubdtype(jnp.result_type(new), jnp.floating):
-            return jnp.array(True)
-        return jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
-
-    return jnp.all(_tree.stack(jax.tree.map(leaf_stays, new_state, old_state)))
+    return [leaf for leaf, v in zip(leaves, jaxpr.invars, strict=True) if id(v) in used]

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 ScalarOrSchedule: TypeAlias = chex.Numeric | optax.Schedule
+_NUMERIC = (jax.Array, np.ndarray, np.generic, int, float)
 
 
 def as_schedule(
@@ -73,7 +74,7 @@ def _checked_schedule(
 ) -> Callable[[chex.Numeric], jax.Array]:
     def checked(count: chex.Numeric) -> jax.Array:
         value = schedule(count)
-        if not isinstance(value, chex.Numeric) or jnp.shape(value):
+        if not isinstance(value, _NUMERIC) or jnp.shape(value):
             raise ValueError(
                 f"{owner}: the schedule {name} must return a scalar, got {value!r}; "
                 f"pass a function from the count of steps to {name}."

@@ -28,6 +28,7 @@ def perturb_only(
     To freeze parameters, so that they neither move nor are perturbed, use the same mask
     on both sides::
 
+        trained = {"backbone": False, "head": True}  # Of params with these two keys.
         frozen = jax.tree.map(operator.not_, trained)
         tx = optax_sam.sharpness_aware(
             optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), frozen)),

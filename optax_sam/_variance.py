@@ -28,8 +28,8 @@ def suppress_variance(
       theta: Weight of the newest gradient, in [0, 1]. A scalar, or a schedule of the
         count of steps.
       accumulator_dtype: Floating-point dtype of the average. None means float32 or
-        wider, since in bfloat16 an average with a small `theta` never moves. A step
-        whose average overflows it perturbs nothing.
+        wider, since in bfloat16 an average with a small `theta` never moves. Entries
+        beyond its range are clipped.
 
     Returns:
       A link of an ascent for :func:`optax_sam.sharpness_aware`. It maps a tree of
@@ -82,7 +82,10 @@ def suppress_variance(
             wide = _tree.accumulator_dtype(d.dtype)
             w = weight.astype(wide)
             mean = (1 - w) * d.astype(wide) + w * jnp.asarray(g, wide)
-            return mean.astype(d.dtype)
+            if d.dtype == wide:
+                return mean
+            limit: Any = jnp.finfo(d.dtype)  # type: ignore[no-untyped-call]
+            return jnp.clip(mean, limit.min, limit.max).astype(d.dtype)
 
         updates = _tree.map_present(average, updates, state.direction)
         direction = jax.tree.map(

@@ -100,6 +100,11 @@ def test_parameters_that_cannot_be_perturbed(dtype):
         step(params, ())
 
 
+def test_state_of_another_optimizer():
+    with pytest.raises(TypeError, match="must be a SharpnessAwareState, got tuple"):
+        TX.update(PARAMS, optax.sgd(0.1).init(PARAMS), PARAMS, grad_fn=lambda p: p)
+
+
 def test_gradients_that_do_not_fit():
     with pytest.raises(ValueError, match="grads must have the tree structure"):
         update(grads={"w": jnp.ones(3)}, grad_fn=lambda p: p)

@@ -29,17 +29,18 @@ def test_linen_quickstart_learns():
     assert np.mean(losses) < 1.0  # From about log(10) = 2.3.
 
 
-def test_nnx_quickstart_takes_a_step():
+def test_nnx_quickstart_learns():
     scope = {}
     exec(NNX, scope)
+    assert scope["loss"] < 1.0  # From about log(10) = 2.3.
     from flax import nnx
 
-    before, after = scope["params"], nnx.state(scope["model"], nnx.Param)
-    problems.assert_trees_differ(after, before)
+    trained = nnx.as_pure(nnx.state(scope["model"], nnx.Param))
+    problems.assert_trees_equal(trained, scope["params"])
     paths = jax.tree.leaves_with_path(scope["rest"])
     (mean,) = [x for path, x in paths if "mean" in jax.tree_util.keystr(path)]
     assert mean.shape == (32,)
-    assert jnp.any(mean != 0)  # One clean pass moved it away from zero.
+    assert jnp.any(mean != 0)  # The clean passes moved it away from zero.
 
 
 def test_composing_and_by_hand():
