@@ -118,15 +118,9 @@ def sharpness_aware(
                 "transformation."
             )
         gradient_at = _protocol.gradient_function(loss_fn, batch, grad_fn)
-        given = {
-            "loss_fn": loss_fn,
-            "grad_fn": grad_fn,
-            "losses": losses,
-            "pullback": pullback,
-        }
-        extra_args |= {name: arg for name, arg in given.items() if arg is not None}
-        if batch is not _protocol.MISSING:
-            extra_args["batch"] = batch
+        extra_args |= _protocol.given(
+            batch, loss_fn=loss_fn, grad_fn=grad_fn, losses=losses, pullback=pullback
+        )
 
         def ascend(gradient: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
             new: tuple[optax.Updates, optax.OptState] = ascent.update(

@@ -150,6 +150,12 @@ def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraAr
     return optax.with_extra_args_support(tx)
 
 
+def given(batch: Any, **others: Any) -> dict[str, Any]:
+    """The arguments of the protocol that are given, by name."""
+    named = {name: arg for name, arg in others.items() if arg is not None}
+    return named if batch is MISSING else named | {"batch": batch}
+
+
 def uniform_weights(losses: jax.Array) -> jax.Array:
     """The weights that average `losses`: `1 / B` each, or 1 for a scalar."""
     return jnp.full_like(losses, 1 / losses.size)
