@@ -94,5 +94,6 @@ def test_compiled_code_grows_with_the_number_of_leaves_and_no_faster():
         compiled = jax.jit(_tree.scale_to_norm).lower(tree, 1.0).compile()
         return len(compiled.as_text().splitlines())
 
-    # Twice the leaves: twice the code, and four times if every fusion repeats it all.
-    assert lines(40) < 2.2 * lines(20)
+    # Eight times the leaves take 9 to 11 times the code (XLA unrolls the stacking a
+    # little), and 28 to 32 times if every fusion repeats the arithmetic of all leaves.
+    assert lines(80) < 12 * lines(10)
