@@ -128,15 +128,7 @@ def sharpness_aware(
             )
             return new
 
-        epsilon, ascent_state = ascend(updates)
-        finite = _tree.all_finite(_read(ascend, updates, epsilon))
-        # Where it is not: no perturbation, and the ascent's old state.
-        epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
-        ascent_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            ascent_state,
-            state.ascent_state,
-        )
+        epsilon, ascent_state = _ascend_if_finite(ascend, updates, state.ascent_state)
         gradient = gradient_at(_perturb(params, epsilon))
         _protocol.check_gradient("grad_fn(params)", gradient, params)
         updates, base_state = base.update(
@@ -169,6 +161,21 @@ def _perturb(params: optax.Params, epsilon: optax.Updates) -> optax.Params:
         return p if _tree.is_absent(e) else p + jnp.asarray(e, jnp.result_type(p))
 
     return jax.tree.map(add, epsilon, params, is_leaf=_tree.is_absent)
+
+
+def _ascend_if_finite(
+    ascend: Callable[[optax.Updates], tuple[optax.Updates, optax.OptState]],
+    gradient: optax.Updates,
+    old_state: optax.OptState,
+) -> tuple[optax.Updates, optax.OptState]:
+    """Ascends; where the gradient is not finite, by zero and with the old state."""
+    epsilon, new_state = ascend(gradient)
+    finite = _tree.all_finite(_read(ascend, gradient, epsilon))
+    epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
+    state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), new_state, old_state
+    )
+    return epsilon, state
 
 
 def _read(
