@@ -1,0 +1,264 @@
+"""RW-SAM, sharpness-aware minimization with reweighted examples (arXiv 2509.18001)."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_sam import _protocol, _tree
+from optax_sam._hyperparameter import ScalarOrSchedule, as_schedule
+
+
+def reweight_by_sharpness(
+    strength: ScalarOrSchedule,
+    *,
+    key: jax.typing.ArrayLike,
+    delta: ScalarOrSchedule = 1e-4,
+    num_probes: int = 1,
+    estimator: Literal["finite_difference", "jvp"] = "finite_difference",
+    normalize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weights the examples by how steep their losses are: the direction of RW-SAM.
+
+    .. math::
+      \tilde g = \sum_{i=1}^{B} p_i \nabla f_i(x), \quad
+      p = \text{softmax}(\lambda s), \quad
+      s_i = \frac{|f_i(x + \delta z) - f_i(x)|}{\delta} \approx |z^\top \nabla f_i(x)|
+
+    :math:`z` is a vector of random signs, new in every step and shared by the batch;
+    :math:`s_i^2` is :math:`\|\nabla f_i\|^2` on average. Followed by
+    :func:`scale_to_radius` this is RW-SAM. :math:`\lambda = 0` and equal :math:`s_i`
+    give SAM; a large :math:`\lambda` ascends along the steepest example alone. Examples
+    whose :math:`s_i` is not finite get no weight, unless :math:`\lambda = 0` or there
+    are no others; then all weights are equal.
+
+    :math:`\tilde g` takes the place of the gradient that the link is given, so only
+    :func:`perturb_only` belongs before it in a chain: leaves that are absent there are
+    neither probed nor returned. A probe costs a third of a base step; by "jvp", two.
+
+    Args:
+      strength: :math:`\lambda \ge 0`, in units of :math:`1 / s_i`. A scalar, or a
+        schedule of the count of steps.
+      key: An int or a JAX PRNG key. Signs depend on it and on the count of steps, not
+        on how arrays are sharded.
+      delta: Step :math:`\delta > 0` of each parameter, in its units and its dtype: in
+        bfloat16 it is rounded away, use "jvp". A scalar, or a schedule.
+      num_probes: Number of :math:`z` per step, probed one after the other;
+        :math:`s_i` is the root mean square over them.
+      estimator: "finite_difference", or "jvp" for :math:`z^\top \nabla f_i(x)` itself.
+      normalize: Whether to divide :math:`s` by its mean, so that the scale of the loss
+        does not matter.
+
+    Returns:
+      A link of an ascent for :func:`optax_sam.sharpness_aware`. Its update needs
+      `params`, a tree of arrays of any shapes, and `loss_fn` and `batch`, which give
+      losses of shape [B]; the result has the parameters' shapes and dtypes. Without
+      `losses` and `pullback` the clean forward pass is run again, a third of a step.
+
+    Raises:
+      TypeError: If an argument has a wrong type.
+      ValueError: If its value is out of range; in update, if `params`, `loss_fn` or
+        `batch` is missing, or the loss is a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> link = optax_sam.reweight_by_sharpness(strength=1e6, key=0)
+      >>> params, batch = jnp.zeros(1), jnp.array([1.0, 3.0])
+      >>> loss_fn = lambda w, x: x * w
+      >>> g, state = link.update(
+      ...     jnp.array([2.0]), link.init(params), params, loss_fn=loss_fn, batch=batch
+      ... )
+      >>> print(g)  # of the second example
+      [3.]
+
+    References:
+      `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
+    """
+    strength_at = as_schedule("reweight_by_sharpness", "strength", strength)
+    tiny = float(jnp.finfo(jnp.float32).tiny)  # type: ignore[no-untyped-call]
+    delta_at = as_schedule("reweight_by_sharpness", "delta", delta, low=tiny)
+    key_data, impl = _key_data(key)
+    kinds = ("finite_difference", "jvp")
+    _check("num_probes", num_probes, int, range(1, 2**31), "an int >= 1")
+    _check("estimator", estimator, str, kinds, '"finite_difference" or "jvp"')
+    _check("normalize", normalize, bool, (True, False), "True or False")
+
+    def init_fn(params: optax.Params) -> ReweightBySharpnessState:
+        del params
+        zeros = (jnp.zeros([], d) for d in (jnp.int32, *[jnp.float32] * 3))
+        return ReweightBySharpnessState(jnp.array(key_data), *zeros)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ReweightBySharpnessState,
+        params: optax.Params | None = None,
+        *,
+        loss_fn: Callable[..., jax.Array] | None = None,
+        batch: Any = _protocol.MISSING,
+        losses: jax.Array | None = None,
+        pullback: Callable[[jax.Array], optax.Updates] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ReweightBySharpnessState]:
+        del extra_args
+        losses_at = _losses_function(params, loss_fn, batch)
+        if losses is None or pullback is None:
+            clean, vjp = jax.vjp(losses_at, params)
+            pullback = lambda weights: vjp(weights)[0]  # noqa: E731
+        else:
+            clean = losses
+        wide = _tree.accumulator_dtype(clean.dtype)
+        size = delta_at(state.count)
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        present = jax.tree.leaves(updates, is_leaf=_tree.is_absent)
+        probed = [i for i, u in enumerate(present) if not _tree.is_absent(u)]
+        x = [leaves[i] for i in probed]
+
+        def losses_of(x: list[jax.Array]) -> jax.Array:
+            merged = dict(enumerate(leaves)) | dict(zip(probed, x, strict=True))
+            return losses_at(jax.tree.unflatten(structure, merged.values()))
+
+        def derivative(z: list[jax.Array]) -> jax.Array:
+            near = jax.tree.map(lambda a, b: a + b * size.astype(b.dtype), x, z)
+            change = losses_of(near).astype(wide) - clean.astype(wide)
+            return change / size.astype(wide)
+
+        if estimator == "jvp":  # Its primal part is the clean pass: XLA shares it.
+            derivative = jax.linearize(losses_of, x)[1]
+        step_key = jax.random.wrap_key_data(state.key, impl=impl)
+        step_key = jax.random.fold_in(step_key, state.count)
+
+        def slopes_along_signs(probe: jax.Array | int) -> jax.Array:
+            probe_key = jax.random.fold_in(step_key, probe)
+            # A key per position: leaves that are absent change no other's signs.
+            keys = [jax.random.fold_in(probe_key, i) for i in probed]
+            return derivative(jax.tree.map(_signs, keys, x)).astype(wide)
+
+        if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
+            slopes = slopes_along_signs(0)[None]
+        else:
+            slopes = jax.lax.map(slopes_along_signs, jnp.arange(num_probes))
+        weights, mean = _weights(
+            slopes,
+            strength_at(state.count).astype(wide),
+            _protocol.uniform_weights(clean),
+            normalize,
+        )
+        gradient = pullback(weights.astype(clean.dtype))
+        gradient = _tree.map_present(lambda _, g: g, updates, gradient)
+        return gradient, ReweightBySharpnessState(
+            key=state.key,
+            count=optax.safe_increment(state.count),
+            effective_sample_size=(1 / jnp.sum(weights**2)).astype(jnp.float32),
+            largest_weight=jnp.max(weights).astype(jnp.float32),
+            mean_directional_norm=mean.astype(jnp.float32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ReweightBySharpnessState(NamedTuple):
+    r"""State of :func:`reweight_by_sharpness`.
+
+    The last three are float32 scalars of the latest step, zero before the first.
+
+    Attributes:
+      key: Raw data of the PRNG key, uint32; it never changes.
+      count: Number of steps taken, an int32 scalar.
+      effective_sample_size: :math:`1 / \sum_i p_i^2`, from 1 to the batch size.
+      largest_weight: :math:`\max_i p_i`.
+      mean_directional_norm: Mean of the finite :math:`s_i`, before `normalize`.
+    """
+
+    key: jax.Array
+    count: jax.Array  # type: ignore[assignment]
+    effective_sample_size: jax.Array
+    largest_weight: jax.Array
+    mean_directional_norm: jax.Array
+
+
+def _losses_function(params: Any, loss_fn: Any, batch: Any) -> Callable[..., jax.Array]:
+    """The losses of the examples as a function of params; or says what is missing."""
+    given = _protocol.given(batch, params=params, loss_fn=loss_fn)
+    for argument in ("params", "loss_fn", "batch"):
+        if argument not in given:
+            raise ValueError(
+                f"reweight_by_sharpness: {argument} is missing, but the weights come "
+                "from the losses near params; call tx.update(grads, state, params, "
+                "loss_fn=..., batch=...), or use optax_sam.value_and_update."
+            )
+    loss_fn = _protocol.checked("loss_fn", loss_fn, "params", "batch")
+
+    def losses_at(params: optax.Params) -> jax.Array:
+        losses = _protocol.check_losses(loss_fn(params, batch))
+        if losses.ndim == 0:
+            raise ValueError(
+                "reweight_by_sharpness: loss_fn returns a scalar, but it needs "
+                "per-example losses to weight; return shape [B], without the mean."
+            )
+        return losses
+
+    return losses_at
+
+
+def _weights(
+    slopes: jax.Array, strength: jax.Array, uniform: jax.Array, normalize: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The Gibbs weights of the examples by their slopes [probes, B], and the mean s."""
+    # Relative to the largest, no square or sum overflows. If all are zero, the largest
+    # is replaced: 0 / 1 is the zero wanted.
+    largest = jnp.max(jnp.abs(slopes), axis=0, keepdims=True)
+    relative = slopes / jnp.where(largest == 0, 1, largest)
+    s = largest[0] * jnp.sqrt(jnp.mean(relative**2, axis=0))
+    finite = jnp.isfinite(s)
+    s = jnp.where(finite, s, 0)
+    largest = jnp.max(s)
+    relative = s / jnp.where(largest == 0, 1, largest)
+    relative_mean = jnp.sum(relative) / jnp.maximum(jnp.sum(finite), 1)
+    if normalize:
+        s = relative / jnp.where(relative_mean == 0, 1, relative_mean)
+    # The differences first: strength * s may overflow, and infinity - infinity is NaN.
+    gaps = jnp.where(finite, s - jnp.max(s), 0)
+    logits = jnp.where(gaps == 0, 0, strength * gaps)
+    weights = jax.nn.softmax(logits, where=finite)
+    # What is SAM should be so to the last bit, whatever softmax(0) is rounded to.
+    equal = jnp.all(logits == 0) & jnp.all(finite)
+    is_sam = (strength == 0) | equal | ~jnp.any(finite)
+    return jnp.where(is_sam, uniform.astype(s.dtype), weights), largest * relative_mean
+
+
+def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Random signs of the shape and dtype of a leaf, out of one random bit each."""
+    shape = like.shape or (1,)
+    axis = int(np.argmax(shape))
+    # Neighbours along the longest axis share a word; unpacking fuses with the use.
+    words = (*shape[:axis], -(-shape[axis] // 32), *shape[axis + 1 :])
+    bits = jnp.repeat(jax.random.bits(key, words, jnp.uint32), 32, axis)
+    bits = jax.lax.slice_in_dim(bits, 0, shape[axis], axis=axis)
+    bits >>= jax.lax.broadcasted_iota(jnp.uint32, shape, axis) % 32
+    return jnp.where(bits & 1 == 1, 1, -1).astype(like.dtype).reshape(like.shape)
+
+
+def _key_data(key: Any) -> tuple[jax.Array, Any]:
+    """The raw data of an int or a JAX key, and the implementation it is for."""
+    try:
+        key = jax.random.key(key) if isinstance(key, int) else key
+        jax.eval_shape(jax.random.fold_in, key, 0)  # Refuses what is not one key.
+        return jax.random.key_data(key), jax.random.key_impl(key)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "reweight_by_sharpness: key must be an int or one JAX PRNG key, got "
+            f"{key!r}; under optax.inject_hyperparams name it in static_args."
+        ) from error
+
+
+def _check(argument: str, value: Any, kind: type, allowed: Any, wanted: str) -> None:
+    """Refuses a static argument, such as one that inject_hyperparams has traced."""
+    if not (isinstance(value, kind) and value in allowed):
+        error = ValueError if isinstance(value, kind) else TypeError
+        raise error(
+            f"reweight_by_sharpness: {argument} must be {wanted}, got {value!r}; under "
+            "optax.inject_hyperparams name it in static_args."
+        )
