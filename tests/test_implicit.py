@@ -1,0 +1,620 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import optax_sam
+
+pytest.importorskip("flax")
+
+import flax.linen as nn
+from flax import nnx
+from jax import lax
+
+from optax_sam import implicit
+
+DENSE = (((1,), (0,)), ((), ()))
+CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+# name: attribute of the backward, product of lax, shapes of x and w, arguments, axes of
+# the output features in w and y.
+CASES = {
+    "dense": ("dot_general", (8, 6), (6, 10), (DENSE,), {}, (1, 1)),
+    "several axes": (
+        "dot_general",
+        (4, 3, 5, 2),
+        (3, 2, 4, 6),
+        ((((1, 3), (0, 1)), ((), ())),),
+        {},
+        (3, 3),
+    ),
+    "batched": (
+        "dot_general",
+        (3, 4, 5),
+        (3, 6, 5),
+        ((((2,), (2,)), ((0,), (0,))),),
+        {},
+        (1, 2),
+    ),
+    "transposed kernel": (
+        "dot_general",
+        (8, 6),
+        (10, 6),
+        ((((1,), (1,)), ((), ())),),
+        {},
+        (0, 1),
+    ),
+    "conv": (
+        "conv_general_dilated",
+        (2, 9, 8, 3),
+        (3, 3, 3, 6),
+        ((1, 1), "SAME"),
+        CONV,
+        (3, 3),
+    ),
+    "conv stride dilation": (
+        "conv_general_dilated",
+        (2, 9, 8, 3),
+        (3, 2, 3, 6),
+        ((2, 1), [(1, 2), (0, 1)]),
+        {"rhs_dilation": (1, 2), "lhs_dilation": (2, 1), **CONV},
+        (3, 3),
+    ),
+    "conv default layout": (
+        "conv_general_dilated",
+        (2, 3, 9),
+        (6, 3, 4),
+        ((2,), "VALID"),
+        {},
+        (0, 1),
+    ),
+    "conv odd layout": (
+        "conv_general_dilated",
+        (9, 2, 8, 3),
+        (3, 6, 3, 3),
+        ((1, 1), "SAME"),
+        {
+            "dimension_numbers": lax.ConvDimensionNumbers(
+                (1, 3, 0, 2), (1, 3, 0, 2), (2, 0, 1, 3)
+            )
+        },
+        (1, 0),
+    ),
+}
+GROUPED = {
+    "conv groups": (
+        "conv_general_dilated",
+        (2, 9, 8, 4),
+        (3, 3, 2, 6),
+        ((1, 1), "SAME"),
+        {"feature_group_count": 2, **CONV},
+        (3, 3),
+    ),
+    "conv batch groups": (
+        "conv_general_dilated",
+        (4, 9, 8, 3),
+        (3, 3, 3, 6),
+        ((1, 1), "SAME"),
+        {"batch_group_count": 2, **CONV},
+        (3, 3),
+    ),
+}
+ALL = CASES | GROUPED
+every_case = pytest.mark.parametrize("case", ALL.values(), ids=ALL)
+
+
+def setup(case, dtype=jnp.float32):
+    """The dense product, its arguments, and a cotangent of its output."""
+    name, x_shape, w_shape, args, kwargs, _ = case
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), dtype) for s in (x_shape, w_shape))
+    dense = partial_last(getattr(lax, name), args, kwargs)
+    dy = jnp.asarray(rng.normal(size=dense(x, w).shape), dtype)
+    return dense, x, w, dy
+
+
+def partial_last(product, args, kwargs):
+    return lambda x, w: product(x, w, *args, **kwargs)
+
+
+def with_backward(case, backward):
+    name, _, _, args, kwargs, _ = case
+    return partial_last(getattr(backward, name), args, kwargs)
+
+
+def pull_back(product, x, w, dy):
+    return jax.jit(lambda x, w, dy: jax.vjp(product, x, w)[1](dy))(x, w, dy)
+
+
+def slice_norms(x, axis):
+    x = np.moveaxis(np.asarray(x, np.float64), axis, 0)
+    return np.sqrt(np.sum(x.reshape(x.shape[0], -1) ** 2, axis=1))
+
+
+def expected_choice(case, w, dy, by, count):
+    w_axis, y_axis = case[-1]
+    score = slice_norms(w, w_axis)
+    if by == "gradient":
+        score = score * slice_norms(dy, y_axis)
+    return np.sort(np.argsort(-score, kind="stable")[:count])
+
+
+def keep_only(x, kept, axis):
+    keep = np.zeros(x.shape[axis], bool)
+    keep[kept] = True
+    shape = np.ones(x.ndim, int)
+    shape[axis] = -1
+    return jnp.where(keep.reshape(shape), x, 0)
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("by", "sparsity"), [("gradient", 0.3), ("weight", 0.5), ("gradient", 0.99)]
+)
+def test_channels_are_the_dense_backward_of_the_chosen_features(case, by, sparsity):
+    dense, x, w, dy = setup(case)
+    size = w.shape[case[-1][0]]
+    count = max(1, size - int(size * sparsity))
+    kept = expected_choice(case, w, dy, by, count)
+    expected = pull_back(dense, x, w, keep_only(dy, kept, case[-1][1]))
+    sparse = with_backward(case, implicit.Channels(sparsity, by))
+    actual = pull_back(sparse, x, w, dy)
+    problems.assert_trees_close(actual, expected, rtol=1e-5, atol=1e-5)
+    written = slice_norms(actual[1], case[-1][0]) > 0
+    np.testing.assert_array_equal(np.flatnonzero(written), kept)
+    assert all(np.any(np.asarray(a)) for a in actual)
+
+
+@every_case
+def test_masked_is_the_dense_backward_through_the_masked_kernel(case):
+    dense, x, w, dy = setup(case)
+    mask = np.random.default_rng(1).random(w.shape) < 0.5
+    actual = pull_back(with_backward(case, implicit.Masked(mask)), x, w, dy)
+    expected_dx, _ = pull_back(dense, x, jnp.where(mask, w, 0), dy)
+    _, expected_dw = pull_back(dense, x, w, dy)
+    problems.assert_trees_equal(actual, (expected_dx, expected_dw))
+    assert all(np.any(np.asarray(a)) for a in actual)
+
+
+def test_masked_dense_layer_in_closed_form():
+    _, x, w, dy = setup(CASES["dense"])
+    mask = np.random.default_rng(1).random(w.shape) < 0.5
+    product = with_backward(CASES["dense"], implicit.Masked(mask))
+    dx, dw = pull_back(product, x, w, dy)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    np.testing.assert_allclose(dx, dy @ (w * mask).T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dw, x.T @ dy, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_of_a_dense_layer_in_closed_form():
+    _, x, w, dy = setup(CASES["dense"])
+    product = with_backward(CASES["dense"], implicit.Channels(0.5))
+    dx, dw = pull_back(product, x, w, dy)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    # The norms of the terms of dx, one for each output feature.
+    terms = [np.linalg.norm(np.outer(dy[:, c], w[:, c])) for c in range(10)]
+    kept = np.argsort(terms)[5:]
+    np.testing.assert_allclose(dx, dy[:, kept] @ w[:, kept].T, rtol=1e-5, atol=1e-6)
+    expected = np.zeros_like(w)
+    expected[:, kept] = x.T @ dy[:, kept]
+    np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_case
+def test_nothing_left_out_is_dense_bit_for_bit(case):
+    dense, x, w, dy = setup(case)
+    expected = pull_back(dense, x, w, dy)
+    for backward in (implicit.Channels(0), implicit.Masked(jnp.ones(w.shape, bool))):
+        actual = pull_back(with_backward(case, backward), x, w, dy)
+        problems.assert_trees_equal(actual, expected)
+
+
+@pytest.mark.parametrize("case", [CASES["dense"], CASES["conv"]], ids=["dense", "conv"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_values_are_those_of_the_dense_product(case, dtype):
+    dense, x, w, dy = setup(case, dtype)
+    for backward in (
+        implicit.Channels(0.5),
+        implicit.Masked(jnp.zeros(w.shape, bool)),
+    ):
+        sparse = with_backward(case, backward)
+        expected = jax.jit(dense)(x, w)
+        problems.assert_trees_equal(jax.jit(sparse)(x, w), expected)
+        values, _ = jax.jit(lambda x, w, sparse=sparse: jax.vjp(sparse, x, w))(x, w)
+        problems.assert_trees_equal(values, expected)
+        dx, dw = pull_back(sparse, x, w, dy)
+        assert dx.dtype == dw.dtype == dtype
+
+
+def test_preferred_element_type_reaches_the_product():
+    _, x, w, _ = setup(CASES["dense"], jnp.bfloat16)
+    product = implicit.Channels(0.5).dot_general
+    y, vjp = jax.vjp(
+        lambda x, w: product(x, w, DENSE, preferred_element_type=jnp.float32), x, w
+    )
+    assert y.dtype == jnp.float32
+    assert {g.dtype for g in vjp(y)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_ties_go_to_the_first_features():
+    product = implicit.Channels(0.5).dot_general
+    dw = jax.grad(lambda w: product(jnp.ones([1, 3]), w, DENSE).sum())(jnp.ones([3, 4]))
+    np.testing.assert_array_equal(dw.any(axis=0), [True, True, False, False])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_choice_does_not_depend_on_the_scale_of_the_gradient(scale):
+    _, x, w, dy = setup(CASES["dense"])
+    product = with_backward(CASES["dense"], implicit.Channels(0.5))
+    written = [np.any(pull_back(product, x, w, g)[1], axis=0) for g in (dy, dy * scale)]
+    np.testing.assert_array_equal(*written)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_gradients_that_are_not_finite_stay_so(bad):
+    _, x, w, dy = setup(CASES["dense"])
+    dy = dy.at[0, 7].set(bad)
+    for backward in (implicit.Channels(0.9), implicit.Masked(jnp.ones(w.shape, bool))):
+        product = with_backward(CASES["dense"], backward)
+        dx, dw = pull_back(product, x, w, dy)
+        assert not np.all(np.isfinite(dx))
+        assert not np.all(np.isfinite(dw))
+
+
+def test_a_new_choice_is_not_compiled_anew():
+    _, x, w, dy = setup(CASES["conv"])
+    traces = []
+
+    @jax.jit
+    def gradient(x, w, dy):
+        traces.append(1)
+        # Made anew in every trace, as in a loss function.
+        product = with_backward(CASES["conv"], implicit.Channels(0.5))
+        return jax.vjp(product, x, w)[1](dy)[1]
+
+    first = gradient(x, w, dy.at[..., :3].multiply(100))
+    second = gradient(x, w, dy.at[..., 3:].multiply(100))
+    np.testing.assert_array_equal(slice_norms(first, 3) > 0, [1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(slice_norms(second, 3) > 0, [0, 0, 0, 1, 1, 1])
+    assert len(traces) == 1
+
+
+def test_equal_settings_are_equal_and_hash_alike():
+    for name in ("dot_general", "conv_general_dilated"):
+        one, other = (getattr(implicit.Channels(0.5), name) for _ in range(2))
+        assert one == other
+        assert hash(one) == hash(other)
+        assert one != getattr(implicit.Channels(0.25), name)
+
+
+def flops(product, x, w):
+    def loss(x, w):
+        return jnp.sum(jnp.square(product(x, w)))
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_compiled_flops(name):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "dense": ((256, 128), (128, 128)),
+        "conv": ((2, 8, 8, 64), (3, 3, 64, 64)),
+    }
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes[name])
+    attribute, _, _, args, kwargs, _ = CASES[name]
+    dense = flops(partial_last(getattr(lax, attribute), args, kwargs), x, w)
+
+    def relative(backward):
+        return flops(with_backward(CASES[name], backward), x, w) / dense
+
+    # A third of the arithmetic is the forward; what is added is the choice.
+    for sparsity in (0.5, 0.75):
+        expected = 1 / 3 + 2 / 3 * (1 - sparsity)
+        assert relative(implicit.Channels(sparsity)) == pytest.approx(
+            expected, abs=0.02
+        )
+    assert relative(implicit.Masked(jnp.ones(w.shape, bool))) < 1.01
+
+
+@pytest.mark.parametrize("transform", ["vmap", "scan", "cond", "remat", "no jit"])
+@pytest.mark.parametrize("kind", ["channels", "masked"])
+def test_under_transformations(transform, kind):
+    _, x, w, _ = setup(CASES["dense"])
+    mask = np.random.default_rng(1).random(w.shape) < 0.5
+    backward = implicit.Channels(0.5) if kind == "channels" else implicit.Masked(mask)
+    product = with_backward(CASES["dense"], backward)
+
+    def gradient(w, fn=product):
+        return jax.grad(lambda x, w: jnp.sum(fn(x, w) ** 2), (0, 1))(x, w)
+
+    ws = jnp.stack([w, w[::-1]])
+    expected = jax.tree.map(lambda *g: jnp.stack(g), *map(jax.jit(gradient), ws))
+    actual = {
+        "vmap": lambda: jax.vmap(gradient)(ws),
+        "scan": lambda: lax.scan(lambda _, w: (None, gradient(w)), None, ws)[1],
+        "cond": lambda: jax.vmap(
+            partial(
+                gradient,
+                fn=lambda x, w: lax.cond(True, product, lambda x, w: x @ w, x, w),
+            )
+        )(ws),
+        "remat": lambda: lax.map(partial(gradient, fn=jax.checkpoint(product)), ws),
+        "no jit": lambda: jax.tree.map(
+            lambda *g: jnp.stack(g), *(gradient(w) for w in ws)
+        ),
+    }[transform]()
+    problems.assert_trees_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_summed_over_devices_that_choose_for_themselves():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    _, x, w, _ = setup(CASES["dense"])
+    for backward in (
+        implicit.Channels(0.5),
+        implicit.Channels(0.5, by="weight"),
+        implicit.Masked(jnp.ones(w.shape, bool)),
+    ):
+        product = with_backward(CASES["dense"], backward)
+
+        def gradient(w, x, product=product):
+            return jax.grad(lambda w: lax.pmean(jnp.sum(product(x, w) ** 2), "data"))(w)
+
+        # Without the sum check_vma refuses the gradient, even of a single device.
+        jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())(
+            w, x
+        )
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 2, np.nan])
+def test_sparsity_out_of_range(sparsity):
+    with pytest.raises(ValueError, match=r"Channels: sparsity = .* is out of range"):
+        implicit.Channels(sparsity)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", None, True, jnp.float32(0.5)])
+def test_sparsity_that_is_no_number(sparsity):
+    with pytest.raises(TypeError, match="sparsity must be a Python number"):
+        implicit.Channels(sparsity)
+
+
+def test_unknown_choice():
+    with pytest.raises(ValueError, match="'gradient' or 'weight', got 'random'"):
+        implicit.Channels(0.5, by="random")
+
+
+class Network(nn.Module):
+    """A convolution and two kinds of dense layers, with masks or without."""
+
+    dot_general_cls: type | None = implicit.MaskedDotGeneral
+    conv_general_dilated_cls: type | None = implicit.MaskedConvGeneralDilated
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), conv_general_dilated_cls=self.conv_general_dilated_cls)(
+            x
+        )
+        dense = nn.Dense(6, dot_general_cls=self.dot_general_cls, name="twice")
+        x = nn.tanh(dense(nn.Dense(6)(x)))
+        x = dense(x).mean(axis=(1, 2))
+        return nn.DenseGeneral((2, 3), dot_general_cls=self.dot_general_cls)(x)
+
+
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 5, 3)), jnp.float32)
+
+
+def random_masks(params):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: rng.random(p.shape) < 0.5, params)
+
+
+def linen_gradients(model, params, x=IMAGES, **collections):
+    def loss(params, x):
+        return jnp.sum(model.apply({"params": params, **collections}, x) ** 2)
+
+    return jax.jit(jax.grad(loss, (0, 1)))(params, x)
+
+
+def test_linen_without_masks_is_dense():
+    model, dense = Network(), Network(None, None)
+    variables = model.init(jax.random.key(0), IMAGES)
+    problems.assert_trees_equal(variables, dense.init(jax.random.key(0), IMAGES))
+    expected = linen_gradients(dense, variables["params"])
+    problems.assert_trees_equal(linen_gradients(model, variables["params"]), expected)
+    absent = jax.tree.map(lambda p: optax.MaskedNode(), variables["params"])
+    for masks in (absent, {}):
+        actual = linen_gradients(model, variables["params"], masks=masks)
+        problems.assert_trees_equal(actual, expected)
+
+
+def test_linen_masks_reach_their_layers():
+    model = Network()
+    params = model.init(jax.random.key(0), IMAGES)["params"]
+    masks = random_masks(params)
+    apply = jax.jit(model.apply)
+    problems.assert_trees_equal(
+        apply({"params": params, "masks": masks}, IMAGES),
+        apply({"params": params}, IMAGES),
+    )
+    # One at a time: what the layers before it get goes through the masked kernel.
+    for name in ("Conv_0", "twice", "DenseGeneral_0"):
+        grads, dx = linen_gradients(model, params, masks={name: masks[name]})
+        dense_grads, dense_dx = linen_gradients(model, params)
+        problems.assert_trees_differ(dx, dense_dx)
+        if name == "DenseGeneral_0":
+            problems.assert_trees_equal(grads[name], dense_grads[name])
+            problems.assert_trees_differ(grads["twice"], dense_grads["twice"])
+    conv = nn.Conv(
+        4,
+        (3, 3),
+        strides=2,
+        conv_general_dilated_cls=implicit.MaskedConvGeneralDilated,
+    )
+    params = conv.init(jax.random.key(0), IMAGES)["params"]
+    masks = random_masks(params)
+    masked = {**params, "kernel": jnp.where(masks["kernel"], params["kernel"], 0)}
+
+    def input_gradient(params, **collections):
+        # A linear loss: its cotangents do not depend on the kernel.
+        def loss(x):
+            return conv.apply({"params": params, **collections}, x).sum()
+
+        return jax.grad(loss)(IMAGES)
+
+    problems.assert_trees_equal(
+        input_gradient(params, masks=masks), input_gradient(masked)
+    )
+
+
+def test_linen_mask_of_a_wrong_shape_names_the_layer():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Network(name="inner")(x)
+
+    params = Outer().init(jax.random.key(0), IMAGES)["params"]
+    masks = random_masks(params)
+    for wrong in (np.ones([6, 5], bool), np.ones([6, 6], np.float32), True):
+        masks["inner"]["twice"]["kernel"] = wrong
+        with pytest.raises(ValueError, match=r"mask of inner/twice.*\(6, 6\), got"):
+            linen_gradients(Outer(), params, masks=masks)
+
+
+def nnx_network():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        nnx.Conv(3, 4, (3, 3), rngs=rngs),
+        nnx.BatchNorm(4, rngs=rngs),
+        nnx.relu,
+        nnx.LinearGeneral(4, (2, 3), rngs=rngs),
+        nnx.LinearGeneral((2, 3), 6, axis=(-2, -1), rngs=rngs),
+        nnx.Linear(6, 4, rngs=rngs),
+    )
+
+
+LAYERS = {0: "conv_general_dilated", 3: "dot_general", 4: "dot_general"}
+
+
+def nnx_gradients(sparsify=lambda model: model):
+    graph, params, rest = nnx.as_pure(nnx.split(nnx_network(), nnx.Param, ...))
+
+    def loss(params, x):
+        model = sparsify(nnx.merge(graph, params, rest))
+        return jnp.sum(model(x) ** 2), nnx.as_pure(nnx.state(model, nnx.BatchStat))
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, IMAGES)
+
+
+def by_assignment(backward_of):
+    """What `sparsify` should do, written out for the model above."""
+
+    def inject(model):
+        for i, name in (LAYERS | {5: "dot_general"}).items():
+            setattr(model.layers[i], name, getattr(backward_of(i), name))
+        return model
+
+    return inject
+
+
+def test_nnx_channels():
+    channels = implicit.Channels(0.5)
+    actual = nnx_gradients(lambda model: implicit.sparsify(model, channels))
+    problems.assert_trees_equal(
+        actual, nnx_gradients(by_assignment(lambda i: channels))
+    )
+    problems.assert_trees_differ(actual, nnx_gradients())
+
+
+@pytest.mark.parametrize("form", ["state of arrays", "state of Params", "dict"])
+def test_nnx_masks(form):
+    params = nnx.as_pure(nnx.state(nnx_network(), nnx.Param))
+    pure = random_masks(params)
+    masks = {
+        "state of arrays": lambda: pure,
+        "state of Params": lambda: jax.tree.map(nnx.Param, pure),
+        "dict": lambda: nnx.to_pure_dict(pure),
+    }[form]()
+    actual = nnx_gradients(lambda model: implicit.sparsify(model, masks))
+    expected = nnx_gradients(
+        by_assignment(lambda i: implicit.Masked(pure["layers"][i]["kernel"]))
+    )
+    problems.assert_trees_equal(actual, expected)
+    problems.assert_trees_differ(actual[0], nnx_gradients()[0])
+    # Values and statistics are those of the dense model.
+    problems.assert_trees_equal(actual[1], nnx_gradients()[1])
+
+
+def test_nnx_layers_without_a_mask_stay_dense():
+    masks = {"layers": {5: {"kernel": np.ones([6, 4], bool), "bias": True}}}
+    sparse = implicit.sparsify(nnx_network(), masks)
+    assert [getattr(sparse.layers[i], name) for i, name in LAYERS.items()] == [
+        lax.conv_general_dilated,
+        None,
+        None,
+    ]
+    problems.assert_trees_equal(
+        nnx_gradients(lambda model: implicit.sparsify(model, masks)), nnx_gradients()
+    )
+
+
+def test_nnx_model_is_left_alone_and_shares_its_variables():
+    model = nnx_network()
+    sparse = implicit.sparsify(model, implicit.Channels(0.5))
+    assert model.layers[0].conv_general_dilated is lax.conv_general_dilated
+    assert sparse.layers[0].kernel is model.layers[0].kernel
+    before = model.layers[1].mean[...]
+    sparse(IMAGES)
+    problems.assert_trees_differ(model.layers[1].mean[...], before)
+    # Equal graph definitions: a compiled function that takes the model is reused.
+    other = implicit.sparsify(model, implicit.Channels(0.5))
+    assert nnx.graphdef(sparse) == nnx.graphdef(other)
+    assert hash(nnx.graphdef(sparse)) == hash(nnx.graphdef(other))
+    back = implicit.sparsify(sparse, implicit.Channels(0))
+    assert back.layers[5].dot_general == implicit.Channels(0).dot_general
+
+
+def test_nnx_models_and_masks_that_do_not_fit():
+    masks = {"layers": {5: {"kernel": np.ones([4, 6], bool)}}}
+    with pytest.raises(ValueError, match=r"mask of layers/5 .*\(6, 4\), got"):
+        implicit.sparsify(nnx_network(), masks)(IMAGES)
+    for wrong in ({}, {"layer": masks["layers"]}):
+        with pytest.raises(ValueError, match="found nothing to change in Sequential"):
+            implicit.sparsify(nnx_network(), wrong)
+    own = nnx.Linear(3, 4, dot_general=lambda *a, **k: 0, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="the layer a has a dot_general of its own"):
+        implicit.sparsify(nnx.Dict(a=own), implicit.Channels(0.5))
+
+
+def test_step_by_hand_has_a_sparse_clean_pass_and_a_dense_perturbed_one():
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+    masked = partial(nn.Dense, dot_general_cls=implicit.MaskedDotGeneral)
+    model = nn.Sequential([masked(8), nn.tanh, masked(8), nn.tanh, masked(3)])
+    params = model.init(jax.random.key(0), batch)["params"]
+    masks = random_masks(params)
+
+    def loss_fn(params, batch, **collections):
+        return jnp.sum(model.apply({"params": params, **collections}, batch) ** 2, -1)
+
+    def gradient(params, **collections):
+        return jax.grad(lambda p: loss_fn(p, batch, **collections).mean())(params)
+
+    tx = optax_sam.sam(optax.sgd(0.1), rho=0.5)
+    grads = gradient(params, masks=masks)
+    updates, _ = jax.jit(partial(tx.update, loss_fn=loss_fn))(
+        grads, tx.init(params), params, batch=batch
+    )
+    problems.assert_trees_differ(grads, gradient(params))
+    scale = 0.5 / problems.norm(grads)
+    perturbed = jax.tree.map(lambda p, g: p + scale * g, params, grads)
+    expected = jax.tree.map(lambda g: -0.1 * g, gradient(perturbed))
+    problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
+    sparse = jax.tree.map(lambda g: -0.1 * g, gradient(perturbed, masks=masks))
+    assert np.any(
+        np.abs(sparse["layers_0"]["kernel"] - updates["layers_0"]["kernel"]) > 1e-3
+    )
