@@ -1,10 +1,14 @@
 """Sharpness-aware training as composable Optax gradient transformations."""
 
 from optax_sam._adaptive import AdaptToScaleState, adapt_to_scale
-from optax_sam._alias import asam, sam, vasso
+from optax_sam._alias import asam, dynamic_sparse_sam, sam, sparse_sam, vasso
+from optax_sam._dynamic import SparsifyDynamicallyState, sparsify_dynamically
 from optax_sam._engine import SharpnessAwareState, sharpness_aware
+from optax_sam._fisher import fisher_diagonal
+from optax_sam._pattern import n_m, structured, unstructured
 from optax_sam._radius import ScaleToRadiusState, scale_to_radius
-from optax_sam._sparse import perturb_only
+from optax_sam._sparse import SparsifyByFisherState, sparsify_by_fisher
+from optax_sam._static import choose_layers, perturb_only, select_layers
 from optax_sam._step import value_and_update
 from optax_sam._variance import SuppressVarianceState, suppress_variance
 
@@ -14,14 +18,26 @@ __all__ = [
     "AdaptToScaleState",
     "ScaleToRadiusState",
     "SharpnessAwareState",
+    "SparsifyByFisherState",
+    "SparsifyDynamicallyState",
     "SuppressVarianceState",
     "adapt_to_scale",
     "asam",
+    "choose_layers",
+    "dynamic_sparse_sam",
+    "fisher_diagonal",
+    "n_m",
     "perturb_only",
     "sam",
     "scale_to_radius",
+    "select_layers",
     "sharpness_aware",
+    "sparse_sam",
+    "sparsify_by_fisher",
+    "sparsify_dynamically",
+    "structured",
     "suppress_variance",
+    "unstructured",
     "value_and_update",
     "vasso",
 ]

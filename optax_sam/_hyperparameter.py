@@ -1,4 +1,4 @@
-"""Scalar hyperparameters: a number, an array, a traced value or a schedule."""
+"""Hyperparameters: scalars that may be schedules, integers, choices, PRNG keys."""
 
 import math
 import numbers
@@ -82,3 +82,66 @@ def _checked_schedule(
         return jnp.asarray(value)
 
     return checked
+
+
+def check_integer(owner: str, name: str, value: Any, low: int | None = None) -> Any:
+    """Returns an integer, which may be traced, or refuses it."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    is_integer = (
+        jnp.issubdtype(jnp.result_type(value), jnp.integer) and not np.shape(value)
+        if is_array
+        else isinstance(value, int) and not isinstance(value, bool)
+    )
+    at_least = "" if low is None else f" >= {low}"
+    if not is_integer:
+        raise TypeError(
+            f"{owner}: {name} must be an integer{at_least}, got {value!r} of type "
+            f"{type(value).__name__}; under optax.inject_hyperparams name it in "
+            "static_args."
+        )
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if low is not None and value < low:
+        raise ValueError(
+            f"{owner}: {name} = {value} is out of range; pass an integer{at_least}."
+        )
+    return int(value)
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is not among the choices."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(
+            f"{owner}: {name} = {value!r} is unknown; pass "
+            f"{' or '.join(map(repr, choices))}, and under optax.inject_hyperparams "
+            "name it in static_args."
+        )
+
+
+def as_key(owner: str, key: Any) -> Any:
+    """Makes a typed PRNG key of an integer, a typed key or the data of a key."""
+    if isinstance(key, int) and not isinstance(key, bool):
+        return jax.random.key(key)
+    if isinstance(key, jax.Array | np.ndarray | np.generic):
+        array = jnp.asarray(key)
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and not array.ndim:
+            return array
+        if array.dtype == jnp.uint32 and array.ndim == 1:
+            return jax.random.wrap_key_data(array)
+        if jnp.issubdtype(array.dtype, jnp.integer) and not array.ndim:
+            return jax.random.key(array)
+    raise TypeError(
+        f"{owner}: key must be an integer or one PRNG key, got {key!r}; pass for "
+        "example jax.random.key(0)."
+    )
+
+
+def key_data(key: jax.Array) -> jax.Array:
+    """The data of a typed key, to keep in a state: a typed key breaks checkpoints."""
+    return jnp.copy(jax.random.key_data(key))  # A buffer of its own, for donation.
+
+
+def key_at(key: jax.Array, data: jax.Array, count: jax.Array) -> jax.Array:
+    """The key of a step, by the data in the state; `key` only says of which kind."""
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+    return jax.random.fold_in(key, count)

@@ -12,6 +12,9 @@ losses, pullback
     The clean losses `[B]`, and `pullback(weights[B])`, the gradient of
     `sum(weights * losses)` at `params`. Where given, nothing runs the clean forward
     pass again.
+scoring_loss_fn
+    `scoring_loss_fn(params, batch)` gives losses `[B]` to score parameters by, such as
+    those in evaluation mode; without it, `loss_fn` does.
 """
 
 import functools
@@ -25,7 +28,9 @@ import optax
 
 from optax_sam import _tree
 
-ARGUMENTS = frozenset({"loss_fn", "batch", "grad_fn", "losses", "pullback"})
+ARGUMENTS = frozenset(
+    {"loss_fn", "batch", "grad_fn", "losses", "pullback", "scoring_loss_fn"}
+)
 MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
 
 
@@ -156,6 +161,25 @@ def given(batch: Any, **others: Any) -> dict[str, Any]:
     return named if batch is MISSING else named | {"batch": batch}
 
 
+def require(owner: str, **arguments: Any) -> None:
+    """Refuses to go on without an argument that a method needs."""
+    for name, value in arguments.items():
+        if value is None or value is MISSING:
+            raise ValueError(
+                f"{owner}: {name} is missing; call tx.update(grads, state, params, "
+                "loss_fn=..., batch=...) with loss_fn(params, batch) -> losses [B], or "
+                "let optax_sam.value_and_update make the call."
+            )
+
+
+def linearise(
+    loss_fn: Any, params: optax.Params, batch: Any
+) -> tuple[jax.Array, Callable[[jax.Array], optax.Updates]]:
+    """The losses at `params`, and `weights -> gradient of sum(weights * losses)`."""
+    losses, vjp = jax.vjp(lambda p: check_losses(loss_fn(p, batch)), params)
+    return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0]
+
+
 def uniform_weights(losses: jax.Array) -> jax.Array:
     """The weights that average `losses`: `1 / B` each, or 1 for a scalar."""
     return jnp.full_like(losses, 1 / losses.size)
@@ -194,8 +218,8 @@ def gradient_function(
     loss_fn = checked("loss_fn", loss_fn, "params", "batch")
 
     def mean_gradient(params: optax.Params) -> optax.Updates:
-        losses, vjp = jax.vjp(lambda p: check_losses(loss_fn(p, batch)), params)
-        return vjp(uniform_weights(losses))[0]
+        losses, pullback = linearise(loss_fn, params, batch)
+        return pullback(uniform_weights(losses))
 
     return mean_gradient
 

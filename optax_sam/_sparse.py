@@ -1,100 +1,166 @@
-"""Sparse SAM: perturbing a part of the weights (arXiv 2210.05177, 2306.17504)."""
+"""Sparse SAM with masks from Fisher information, SSAM-F (arXiv 2210.05177)."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
-from optax_sam import _tree
+from optax_sam import _fisher, _mask, _protocol
+from optax_sam._hyperparameter import (
+    as_key,
+    check_choice,
+    check_integer,
+    key_at,
+    key_data,
+)
+from optax_sam._pattern import Pattern
 
 
-def perturb_only(
-    mask: chex.ArrayTree | Callable[[optax.Params], chex.ArrayTree],
+def sparsify_by_fisher(
+    pattern: Pattern,
+    *,
+    refresh_every: int,
+    num_examples: int = 128,
+    estimator: Literal["per_example", "probes"] = "per_example",
+    chunk_size: int = 4,
+    num_probes: int = 4,
+    key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Perturbs the leaves that a mask fixed at trace time selects, and no others.
+    r"""Keeps the entries that matter most by Fisher information: Sparse SAM, SSAM-F.
 
-    .. math:: \varepsilon_l = g_l \text{ where mask}_l, \text{ absent elsewhere}
+    .. math:: u \mapsto u \odot m, \qquad m = \text{pattern}(F), \qquad
+      F = \frac{1}{n} \sum_{i=1}^{n} (\nabla \ell_i(w))^2
 
-    The other leaves become `optax.MaskedNode`. They are absent rather than zero, so XLA
-    computes no clean gradient for them unless something else reads it. Before
-    :func:`scale_to_radius` the perturbed part has the norm `rho`; after it, that part
-    keeps the length that it has in SAM, and every gradient is computed for the norm.
-    `optax.masked` is no substitute in an ascent: it hands the other leaves' raw
-    gradients on, to be added to the parameters.
+    After :func:`scale_to_radius` this is the papers'
+    :math:`\varepsilon = \rho \, g / \|g\| \odot m`; before it,
+    :math:`\|\varepsilon\|` is :math:`\rho` again. The mask is made anew at the start of
+    each step whose count `refresh_every` divides, the first included, and costs nothing
+    in the steps between.
 
-    To freeze parameters, so that they neither move nor are perturbed, use the same mask
-    on both sides::
-
-        trained = {"backbone": False, "head": True}  # Of params with these two keys.
-        frozen = jax.tree.map(operator.not_, trained)
-        tx = optax_sam.sharpness_aware(
-            optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), frozen)),
-            optax.chain(
-                optax_sam.perturb_only(trained), optax_sam.scale_to_radius(rho=0.05)
-            ),
-        )
+    The scores are those of `loss_fn`, or of `scoring_loss_fn(params, batch)` where
+    update gets one, as from `value_and_update(..., scoring_loss_fn=...)`. Models with
+    batch normalisation want one, with the model in evaluation mode: see
+    :func:`fisher_diagonal`.
 
     Args:
-      mask: A tree of bools with the structure of the parameters, or a prefix of it:
-        True for leaves to perturb. Or a callable from the parameters to such a tree,
-        which also fits where Flax NNX passes plain arrays for its Variables.
+      pattern: From scores to masks, such as :func:`unstructured`.
+      refresh_every: Steps between masks, at least 1.
+      num_examples: The first so many examples of the batch are scored; all of a smaller
+        batch.
+      estimator: `"per_example"` for gradients of single examples, which is exact, or
+        `"probes"` for the gradients of randomly signed sums of losses, which needs no
+        gradient of a single example and, without a scoring loss, no forward pass.
+      chunk_size: Examples whose gradients are in memory at once, for `"per_example"`.
+      num_probes: Draws of signs, for `"probes"`; one backward pass each. With 4 draws
+        19 of 20 entries are those of the exact mask at a sparsity of 0.5, 4 of 5 at 0.9
+        (ResNet-18 at its initialisation, narrow, 32 examples).
+      key: An int or JAX PRNG key, for `"probes"`.
 
     Returns:
-      A link of an ascent for :func:`optax_sam.sharpness_aware`, without state. Leaves
-      that stay have the shapes and dtypes they came with.
+      A link of an ascent for :func:`optax_sam.sharpness_aware`. It maps a tree of
+      arrays of any shapes to one of the same shapes and dtypes. Leaves that are absent
+      (:func:`perturb_only`) are neither scored nor counted.
 
     Raises:
-      TypeError: In update, if an entry of the mask is no bool; traced values cannot be
-        known in time.
-      ValueError: In update, if the mask is no prefix of the parameters' tree.
+      TypeError: If `pattern` is no function, or a count no integer.
+      ValueError: If a count is less than 1 or `estimator` unknown; in update, if
+        `params`, or `loss_fn` and `batch`, are missing, if losses are not per example,
+        or if the pattern's masks do not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
-      >>> link = optax_sam.perturb_only({"kernel": True, "bias": False})
-      >>> grads = {"kernel": jnp.ones(2), "bias": jnp.ones(1)}
-      >>> updates, _ = link.update(grads, link.init(grads))
+      >>> link = optax_sam.sparsify_by_fisher(
+      ...     optax_sam.unstructured(0.5), refresh_every=390
+      ... )
+      >>> params, batch = jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> loss_fn = lambda w, batch: 0.5 * jnp.sum((w[None] - batch) ** 2, axis=-1)
+      >>> updates, state = link.update(
+      ...     jnp.ones(2), link.init(params), params, loss_fn=loss_fn, batch=batch
+      ... )
       >>> print(updates)
-      {'bias': MaskedNode(), 'kernel': Array([1., 1.], dtype=float32)}
+      [0. 1.]
 
     References:
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
+    owner = "sparsify_by_fisher"
+    if not callable(pattern):
+        raise TypeError(
+            f"{owner}: pattern must be a function from scores to masks, such as "
+            f"optax_sam.unstructured(0.5); got {pattern!r}."
+        )
+    refresh_every = check_integer(owner, "refresh_every", refresh_every, low=1)
+    num_examples = check_integer(owner, "num_examples", num_examples, low=1)
+    chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1)
+    num_probes = check_integer(owner, "num_probes", num_probes, low=1)
+    check_choice(owner, "estimator", estimator, ("per_example", "probes"))
+    seed = as_key(owner, key)
+
+    def init_fn(params: optax.Params) -> SparsifyByFisherState:
+        return SparsifyByFisherState(
+            count=jnp.zeros([], jnp.int32),
+            mask=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params),
+            key=key_data(seed),
+        )
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.EmptyState,
+        state: SparsifyByFisherState,
         params: optax.Params | None = None,
+        *,
+        loss_fn: Any = None,
+        batch: Any = _protocol.MISSING,
+        scoring_loss_fn: Any = None,
+        losses: Any = None,
+        pullback: Any = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[optax.Updates, SparsifyByFisherState]:
         del extra_args
-        tree = updates if params is None else params
-        entries = mask(tree) if callable(mask) else mask
-        selected = _leaf_mask(entries, updates)
-        updates = _tree.map_present(
-            lambda u, keep: u if keep else optax.MaskedNode(), updates, selected
-        )
-        return updates, state
+        score_fn = loss_fn if scoring_loss_fn is None else scoring_loss_fn
+        _protocol.require(owner, params=params, loss_fn=score_fn, batch=batch)
+        score_fn = _protocol.checked("loss_fn", score_fn, "params", "batch")
+        _mask.check(f"{owner}: state.mask", state.mask, params)
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+        def fisher() -> chex.ArrayTree:
+            if estimator == "per_example":
+                return _fisher.fisher_diagonal(
+                    score_fn,
+                    params,
+                    batch,
+                    num_examples=num_examples,
+                    chunk_size=chunk_size,
+                )
+            clean = losses, pullback
+            if scoring_loss_fn is not None or losses is None or pullback is None:
+                examples = _fisher.first_examples(owner, batch, num_examples)
+                clean = _protocol.linearise(score_fn, params, examples)
+            draws = key_at(seed, state.key, state.count)
+            return _fisher.fisher_from_probes(*clean, num_examples, num_probes, draws)
+
+        def new_mask() -> chex.ArrayTree:
+            scores = _mask.present(fisher(), updates)
+            return _mask.check(f"{owner}: pattern(scores)", pattern(scores), scores)
+
+        due = state.count % refresh_every == 0
+        mask = _mask.refresh_if(due, new_mask, state.mask)
+        count = optax.safe_increment(state.count)
+        return _mask.apply(mask, updates), SparsifyByFisherState(count, mask, state.key)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _leaf_mask(mask: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:
-    """Checks a mask and spreads it over the leaves of `tree`."""
-    for path, entry in jax.tree.leaves_with_path(mask):
-        if not isinstance(entry, bool | np.bool_):
-            raise TypeError(
-                f"perturb_only: mask{jax.tree_util.keystr(path)} must be a Python "
-                f"bool, known when the step is traced; got {type(entry).__name__}. "
-                "Make the mask outside jit, of True and False."
-            )
-    try:
-        return jax.tree.broadcast(mask, tree, is_leaf=_tree.is_absent)
-    except ValueError as error:
-        raise ValueError(
-            f"perturb_only: the mask does not fit the parameters: {error} Pass a tree "
-            "of bools like the parameters, or a callable that makes one from them."
-        ) from None
+class SparsifyByFisherState(NamedTuple):
+    """State of :func:`sparsify_by_fisher`.
+
+    Attributes:
+      count: Number of steps taken, an int32 scalar.
+      mask: The mask of the last step, bools of the shapes of the parameters.
+      key: Data of the PRNG key that the signs of probes are drawn with.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    mask: chex.ArrayTree
+    key: jax.Array

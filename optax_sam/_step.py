@@ -5,7 +5,7 @@ argument of the step protocol.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,16 @@ import optax
 
 from optax_sam import _protocol, _tree
 
+LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
+
 
 def value_and_update(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,
+    ascent_loss_fn: Callable[..., Any] | None = None,
+    scoring_loss_fn: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
     r"""Makes the training step of any Optax optimizer, sharpness-aware or not.
 
@@ -39,6 +43,14 @@ def value_and_update(
       tx: The optimizer.
       has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
         only, so batch statistics never see perturbed parameters.
+      ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
+        may read a cheaper gradient, such as that of layers from
+        :mod:`optax_sam.implicit`; the perturbed pass remains that of `loss_fn`. It is
+        called as `loss_fn`, and returns the same values. An optimizer that is not
+        sharpness-aware descends along its gradient.
+      scoring_loss_fn: Called as `loss_fn`, and returns losses `[B]` without auxiliary
+        data: what :func:`sparsify_by_fisher` scores parameters by in place of
+        `loss_fn`, such as those in evaluation mode.
 
     Returns:
       A function `step(params, opt_state, *args) -> (value, updates, opt_state)`.
@@ -70,41 +82,30 @@ def value_and_update(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     tx = _protocol.as_transformation("tx", tx)
-    if not callable(loss_fn):
-        raise TypeError(
-            "value_and_update: loss_fn must be a function, called as "
-            f"loss_fn(params, *args); got {loss_fn!r}."
-        )
-
-    def losses_and_aux(params: optax.Params, *args: Any) -> tuple[jax.Array, Any]:
-        out = loss_fn(params, *args)
-        if not has_aux:
-            return _protocol.check_losses(out), None
-        if not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(
-                "value_and_update: with has_aux=True loss_fn must return a pair "
-                f"(losses, aux), got {type(out).__name__}; return the pair or drop "
-                "has_aux."
-            )
-        return _protocol.check_losses(out[0]), out[1]
+    perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)
+    clean_fn = perturbed_fn
+    if ascent_loss_fn is not None:
+        clean_fn = _losses_and_aux("ascent_loss_fn", ascent_loss_fn, has_aux)
+    if scoring_loss_fn is not None:
+        score_fn = _losses_and_aux("scoring_loss_fn", scoring_loss_fn, has_aux=False)
 
     def step(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
         _protocol.check_parameters(params)
-        losses, vjp, aux = jax.vjp(
-            lambda p: losses_and_aux(p, *args), params, has_aux=True
-        )
+        losses, vjp, aux = jax.vjp(lambda p: clean_fn(p, *args), params, has_aux=True)
 
         def pullback(weights: jax.Array) -> optax.Updates:
             return vjp(jnp.asarray(weights, losses.dtype))[0]
 
-        def batch_losses(params: optax.Params, batch: Any) -> jax.Array:
-            return losses_and_aux(params, *((batch,) if args else ()), *args[1:])[0]
+        def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
+            first = 1 if args else 0
+            return lambda params, batch: fn(params, *(batch,)[:first], *args[first:])[0]
 
         grads = pullback(_protocol.uniform_weights(losses))
         value = _mean(losses)
         batch = args[0] if args else ()
+        batch_losses = of_batch(perturbed_fn)
         value_fn = _value_function(batch_losses, batch)
         extra_args = {
             "loss_fn": batch_losses,
@@ -116,12 +117,37 @@ def value_and_update(
             "value_fn": value_fn,
             "obj_fn": value_fn,
         }
+        if scoring_loss_fn is not None:
+            extra_args["scoring_loss_fn"] = of_batch(score_fn)
         updates, opt_state = tx.update(
             grads, opt_state, params, **_protocol.accepted(tx.update, extra_args)
         )
         return ((value, aux) if has_aux else value), updates, opt_state
 
     return step
+
+
+def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
+    """Makes a function that returns losses and auxiliary data, None without any."""
+    if not callable(fn):
+        raise TypeError(
+            f"value_and_update: {name} must be a function, called as "
+            f"{name}(params, *args); got {fn!r}."
+        )
+
+    def losses_and_aux(params: optax.Params, *args: Any) -> tuple[jax.Array, Any]:
+        out = fn(params, *args)
+        if not has_aux:
+            return _protocol.check_losses(out), None
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                f"value_and_update: with has_aux=True {name} must return a pair "
+                f"(losses, aux), got {type(out).__name__}; return the pair or drop "
+                "has_aux."
+            )
+        return _protocol.check_losses(out[0]), out[1]
+
+    return losses_and_aux
 
 
 def _mean(losses: jax.Array) -> jax.Array:
@@ -142,8 +168,9 @@ def _value_function(
         losses: Any = None,
         pullback: Any = None,
         obj_fn: Any = None,
+        scoring_loss_fn: Any = None,
     ) -> jax.Array:
-        del losses, pullback, obj_fn
+        del losses, pullback, obj_fn, scoring_loss_fn
         return _mean(loss_fn(params, batch))
 
     return value_fn

@@ -1,0 +1,172 @@
+"""The diagonal of the empirical Fisher information, the score of Sparse SAM."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _protocol, _tree
+from optax_sam._hyperparameter import check_integer
+
+
+def fisher_diagonal(
+    loss_fn: Callable[[optax.Params, Any], jax.Array],
+    params: optax.Params,
+    batch: Any,
+    *,
+    num_examples: int | None = None,
+    chunk_size: int = 4,
+) -> chex.ArrayTree:
+    r"""The empirical Fisher information of every parameter, from single examples.
+
+    .. math:: F = \frac{1}{n} \sum_{i=1}^{n} (\nabla \ell_i(w))^2
+
+    The squares are those of the entries, and the labels the true ones. The gradient of
+    an example is that of `loss_fn` on a batch of this example alone. A model with batch
+    normalisation is therefore to be scored in evaluation mode: normalised by statistics
+    of its own, an example of one has no variance to be divided by.
+
+    Args:
+      loss_fn: `loss_fn(params, batch)` returns the losses of the examples, shape `[B]`.
+      params: Pytree of floating-point arrays of any shapes.
+      batch: Pytree of arrays that all have the examples along their first axis.
+      num_examples: How many examples to take, the first ones; None for all.
+      chunk_size: Examples whose gradients are in memory at once. Each takes as much as
+        the parameters do.
+
+    Returns:
+      A tree like `params`, in float32 or wider.
+
+    Raises:
+      TypeError: If `num_examples` or `chunk_size` is no integer.
+      ValueError: If they are less than 1, if `loss_fn` returns no per-example losses or
+        if an array in `batch` lacks the axis of examples.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> loss_fn = lambda w, batch: 0.5 * jnp.sum((w[None] - batch) ** 2, axis=-1)
+      >>> batch = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> print(optax_sam.fisher_diagonal(loss_fn, jnp.zeros(2), batch))
+      [ 5. 10.]
+
+    References:
+      Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
+      Approach <https://arxiv.org/abs/2210.05177>`_, 2022
+    """
+    examples = first_examples("fisher_diagonal", batch, num_examples)
+    chunk_size = check_integer("fisher_diagonal", "chunk_size", chunk_size, low=1)
+    n = jax.tree.leaves(examples)[0].shape[0]
+    num_chunks = n // chunk_size
+
+    def loss(params: optax.Params, example: Any) -> jax.Array:
+        losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+        return check_per_example("fisher_diagonal", losses, 1)[0]
+
+    def add_squares(total: chex.ArrayTree, examples: Any) -> chex.ArrayTree:
+        gradients = jax.vmap(jax.grad(loss), (None, 0))(params, examples)
+        return jax.tree.map(
+            lambda t, g: t + jnp.sum(jnp.square(g.astype(t.dtype)), axis=0),
+            total,
+            gradients,
+        )
+
+    total = jax.tree.map(_zeros, params)
+    if num_chunks:
+        chunks = jax.tree.map(
+            lambda x: x[: num_chunks * chunk_size].reshape(
+                num_chunks, chunk_size, *x.shape[1:]
+            ),
+            examples,
+        )
+        total, _ = jax.lax.scan(
+            lambda total, chunk: (add_squares(total, chunk), None), total, chunks
+        )
+    if n % chunk_size:
+        rest = jax.tree.map(lambda x: x[num_chunks * chunk_size :], examples)
+        total = add_squares(total, rest)
+    return jax.tree.map(lambda t: t / n, total)
+
+
+def fisher_from_probes(
+    losses: jax.Array,
+    pullback: Callable[[jax.Array], optax.Updates],
+    num_examples: int,
+    num_probes: int,
+    key: jax.Array,
+) -> chex.ArrayTree:
+    r"""Estimates the same diagonal from sums of gradients under random signs.
+
+    .. math:: F = \frac{1}{n} \mathbb{E} \Big(\sum_{i=1}^{n} s_i \nabla \ell_i\Big)^2
+
+    Args:
+      losses: The losses of the examples, shape `[B]`.
+      pullback: `weights[B] -> gradient of sum(weights * losses)`.
+      num_examples: The first so many examples count.
+      num_probes: Number of draws of the signs to average over, one backward pass each.
+      key: PRNG key.
+
+    Returns:
+      A tree like the parameters, in float32 or wider.
+    """
+    check_per_example("fisher_from_probes", losses, losses.size)
+    n = min(num_examples, losses.size)
+
+    def probe(key: jax.Array) -> chex.ArrayTree:
+        signs = jax.random.rademacher(key, losses.shape, losses.dtype)
+        # Means rather than sums, which half precision might not hold.
+        weights = jnp.where(jnp.arange(losses.size) < n, signs / n, 0)
+        return jax.tree.map(
+            lambda g: n * jnp.square(g.astype(_tree.accumulator_dtype(g.dtype))),
+            pullback(weights.astype(losses.dtype)),
+        )
+
+    if num_probes == 1:  # Convolutions on the CPU are slow in a loop.
+        return probe(key)
+    keys = jax.random.split(key, num_probes)
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(probe, keys[0]))
+    total, _ = jax.lax.scan(
+        lambda total, key: (jax.tree.map(jnp.add, total, probe(key)), None), start, keys
+    )
+    return jax.tree.map(lambda t: t / num_probes, total)
+
+
+def first_examples(owner: str, batch: Any, num_examples: Any) -> Any:
+    """The first examples of a batch, all of them if it has fewer."""
+    sizes = set()
+    for path, x in jax.tree.leaves_with_path(batch):
+        if not jnp.ndim(x):
+            raise ValueError(
+                f"{owner}: batch{jax.tree_util.keystr(path)} is a scalar, but single "
+                "examples are taken along the first axis of all arrays in the batch; "
+                "hand what the examples share to the loss in another way, as an "
+                "argument of value_and_update's step after the batch, say."
+            )
+        sizes.add(jnp.shape(x)[0])
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{owner}: the arrays of the batch must have one axis of examples in "
+            f"common, their first; got lengths {sorted(sizes) or 'of no arrays'}."
+        )
+    n = sizes.pop()
+    if num_examples is not None:
+        n = min(n, check_integer(owner, "num_examples", num_examples, low=1))
+    return jax.tree.map(lambda x: x[:n], batch)
+
+
+def check_per_example(owner: str, losses: Any, size: int) -> jax.Array:
+    """Returns the losses of `size` examples, or refuses what is none."""
+    losses = _protocol.check_losses(losses)
+    if losses.shape != (size,):
+        raise ValueError(
+            f"{owner}: needs the loss of each example, shape [{size}] for {size} "
+            f"example(s), and loss_fn returned shape {list(losses.shape)}; leave the "
+            "mean over the batch out of it."
+        )
+    return losses
+
+
+def _zeros(p: Any) -> Any:
+    return jnp.zeros_like(p, dtype=_tree.accumulator_dtype(jnp.result_type(p)))

@@ -1,0 +1,59 @@
+"""What the links of Sparse SAM do with masks of bools that they keep in their state."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _tree
+
+
+def apply(mask: chex.ArrayTree, updates: optax.Updates) -> optax.Updates:
+    """Zeros where the mask is False; what is absent stays absent."""
+    return _tree.map_present(
+        lambda u, m: jnp.where(m, u, jnp.zeros_like(u)), updates, mask
+    )
+
+
+def present(tree: chex.ArrayTree, updates: optax.Updates) -> chex.ArrayTree:
+    """The leaves of `tree` that are present in `updates`."""
+    return _tree.map_present(lambda _, x: x, updates, tree)
+
+
+def refresh_if(
+    due: jax.Array, make: Callable[[], chex.ArrayTree], mask: chex.ArrayTree
+) -> chex.ArrayTree:
+    """A new mask where it is due; leaves absent from that stay as they are."""
+
+    def refresh() -> chex.ArrayTree:
+        return jax.tree.map(
+            lambda new, old: old if _tree.is_absent(new) else new,
+            make(),
+            mask,
+            is_leaf=_tree.is_absent,
+        )
+
+    return jax.lax.cond(due, refresh, lambda: mask)
+
+
+def check(name: str, mask: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+    """Returns a mask that has the structure and shapes of `like`, or refuses it."""
+    expected, got = jax.tree.structure(like), jax.tree.structure(mask)
+    if got != expected:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be a tree of masks like the parameters, {expected}; got "
+            f"{got}. Start from init(params) of this very transformation, and let a "
+            "pattern map over the scores with jax.tree.map."
+        )
+    for (path, x), m in zip(
+        jax.tree.leaves_with_path(like), jax.tree.leaves(mask), strict=True
+    ):
+        if jnp.shape(m) != jnp.shape(x) or jnp.result_type(m) != jnp.bool_:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is of shape {jnp.shape(m)} and "
+                f"dtype {jnp.result_type(m)}, its parameter of shape {jnp.shape(x)}; a "
+                "mask has one bool for each parameter."
+            )
+    return mask
