@@ -9,13 +9,21 @@ import numpy as np
 import optax
 
 from optax_sam import _protocol, _tree
-from optax_sam._hyperparameter import ScalarOrSchedule, as_schedule
+from optax_sam._hyperparameter import (
+    ScalarOrSchedule,
+    as_key,
+    as_schedule,
+    check_choice,
+    check_integer,
+    key_at,
+    key_data,
+)
 
 
 def reweight_by_sharpness(
     strength: ScalarOrSchedule,
     *,
-    key: jax.typing.ArrayLike,
+    key: int | jax.Array,
     delta: ScalarOrSchedule = 1e-4,
     num_probes: int = 1,
     estimator: Literal["finite_difference", "jvp"] = "finite_difference",
@@ -31,37 +39,34 @@ def reweight_by_sharpness(
     :math:`z` is a vector of random signs, new in every step and shared by the batch;
     :math:`s_i^2` is :math:`\|\nabla f_i\|^2` on average. Followed by
     :func:`scale_to_radius` this is RW-SAM. :math:`\lambda = 0` and equal :math:`s_i`
-    give SAM; a large :math:`\lambda` ascends along the steepest example alone. Examples
-    whose :math:`s_i` is not finite get no weight, unless :math:`\lambda = 0` or there
-    are no others; then all weights are equal.
+    give SAM, a large :math:`\lambda` the gradient of the steepest example. If only some
+    :math:`s_i` are finite, the others get no weight; if none is, weights are equal.
 
-    :math:`\tilde g` takes the place of the gradient that the link is given, so only
-    :func:`perturb_only` belongs before it in a chain: leaves that are absent there are
-    neither probed nor returned. A probe costs a third of a base step; by "jvp", two.
+    :math:`\tilde g` takes the place of the gradient that comes in, so in a chain only
+    :func:`perturb_only` belongs before: leaves that are absent there are neither probed
+    nor returned. A probe costs a third of a base step; with "jvp", two thirds.
 
     Args:
       strength: :math:`\lambda \ge 0`, in units of :math:`1 / s_i`. A scalar, or a
         schedule of the count of steps.
-      key: An int or a JAX PRNG key. Signs depend on it and on the count of steps, not
-        on how arrays are sharded.
+      key: An int or a JAX PRNG key. Signs depend on it and the count of steps alone.
       delta: Step :math:`\delta > 0` of each parameter, in its units and its dtype: in
         bfloat16 it is rounded away, use "jvp". A scalar, or a schedule.
-      num_probes: Number of :math:`z` per step, probed one after the other;
-        :math:`s_i` is the root mean square over them.
+      num_probes: Number of :math:`z`; :math:`s_i` is the root mean square over them.
       estimator: "finite_difference", or "jvp" for :math:`z^\top \nabla f_i(x)` itself.
-      normalize: Whether to divide :math:`s` by its mean, so that the scale of the loss
-        does not matter.
+      normalize: Whether to divide :math:`s` by its mean; no scale of the loss matters.
 
     Returns:
       A link of an ascent for :func:`optax_sam.sharpness_aware`. Its update needs
       `params`, a tree of arrays of any shapes, and `loss_fn` and `batch`, which give
-      losses of shape [B]; the result has the parameters' shapes and dtypes. Without
-      `losses` and `pullback` the clean forward pass is run again, a third of a step.
+      losses [B]; the result has the parameters' shapes and dtypes. Without `losses` and
+      `pullback` the clean forward pass is run again, a third of a base step.
 
     Raises:
-      TypeError: If an argument has a wrong type.
-      ValueError: If its value is out of range; in update, if `params`, `loss_fn` or
-        `batch` is missing, or the loss is a scalar.
+      TypeError: If `strength` or `delta` is neither a real scalar nor callable, `key`
+        no key, `num_probes` no integer or `normalize` no bool.
+      ValueError: If one of them is out of range or `estimator` unknown; in update, if
+        `params`, `loss_fn` or `batch` is missing, or the loss is a scalar.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -77,19 +82,27 @@ def reweight_by_sharpness(
     References:
       `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
     """
-    strength_at = as_schedule("reweight_by_sharpness", "strength", strength)
-    tiny = float(jnp.finfo(jnp.float32).tiny)  # type: ignore[no-untyped-call]
-    delta_at = as_schedule("reweight_by_sharpness", "delta", delta, low=tiny)
-    key_data, impl = _key_data(key)
-    kinds = ("finite_difference", "jvp")
-    _check("num_probes", num_probes, int, range(1, 2**31), "an int >= 1")
-    _check("estimator", estimator, str, kinds, '"finite_difference" or "jvp"')
-    _check("normalize", normalize, bool, (True, False), "True or False")
+    owner = "reweight_by_sharpness"
+    strength_at = as_schedule(owner, "strength", strength)
+    delta_at = as_schedule(owner, "delta", delta, low=1e-37)
+    num_probes = check_integer(owner, "num_probes", num_probes, low=1)
+    check_choice(owner, "estimator", estimator, ("finite_difference", "jvp"))
+    if not isinstance(normalize, bool):
+        raise TypeError(
+            f"{owner}: normalize must be True or False, got {normalize!r}; under "
+            "optax.inject_hyperparams name it in static_args."
+        )
+    seed = as_key(owner, key)
 
     def init_fn(params: optax.Params) -> ReweightBySharpnessState:
         del params
-        zeros = (jnp.zeros([], d) for d in (jnp.int32, *[jnp.float32] * 3))
-        return ReweightBySharpnessState(jnp.array(key_data), *zeros)
+        return ReweightBySharpnessState(
+            key=key_data(seed),
+            count=jnp.zeros([], jnp.int32),
+            effective_sample_size=jnp.zeros([], jnp.float32),
+            largest_weight=jnp.zeros([], jnp.float32),
+            mean_directional_norm=jnp.zeros([], jnp.float32),
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -112,8 +125,8 @@ def reweight_by_sharpness(
         wide = _tree.accumulator_dtype(clean.dtype)
         size = delta_at(state.count)
         leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
-        present = jax.tree.leaves(updates, is_leaf=_tree.is_absent)
-        probed = [i for i, u in enumerate(present) if not _tree.is_absent(u)]
+        marks = map(_tree.is_absent, jax.tree.leaves(updates, is_leaf=_tree.is_absent))
+        probed = [i for i, absent in enumerate(marks) if not absent]
         x = [leaves[i] for i in probed]
 
         def losses_of(x: list[jax.Array]) -> jax.Array:
@@ -127,8 +140,7 @@ def reweight_by_sharpness(
 
         if estimator == "jvp":  # Its primal part is the clean pass: XLA shares it.
             derivative = jax.linearize(losses_of, x)[1]
-        step_key = jax.random.wrap_key_data(state.key, impl=impl)
-        step_key = jax.random.fold_in(step_key, state.count)
+        step_key = key_at(seed, state.key, state.count)
 
         def slopes_along_signs(probe: jax.Array | int) -> jax.Array:
             probe_key = jax.random.fold_in(step_key, probe)
@@ -140,12 +152,9 @@ def reweight_by_sharpness(
             slopes = slopes_along_signs(0)[None]
         else:
             slopes = jax.lax.map(slopes_along_signs, jnp.arange(num_probes))
-        weights, mean = _weights(
-            slopes,
-            strength_at(state.count).astype(wide),
-            _protocol.uniform_weights(clean),
-            normalize,
-        )
+        uniform = _protocol.uniform_weights(clean).astype(wide)
+        strength = strength_at(state.count).astype(wide)
+        weights, mean = _gibbs(slopes, strength, uniform, normalize)
         gradient = pullback(weights.astype(clean.dtype))
         gradient = _tree.map_present(lambda _, g: g, updates, gradient)
         return gradient, ReweightBySharpnessState(
@@ -185,9 +194,9 @@ def _losses_function(params: Any, loss_fn: Any, batch: Any) -> Callable[..., jax
     for argument in ("params", "loss_fn", "batch"):
         if argument not in given:
             raise ValueError(
-                f"reweight_by_sharpness: {argument} is missing, but the weights come "
-                "from the losses near params; call tx.update(grads, state, params, "
-                "loss_fn=..., batch=...), or use optax_sam.value_and_update."
+                f"reweight_by_sharpness: {argument} is missing, and the weights need "
+                "losses near params; call tx.update(grads, state, params, loss_fn=..., "
+                "batch=...), or use optax_sam.value_and_update."
             )
     loss_fn = _protocol.checked("loss_fn", loss_fn, "params", "batch")
 
@@ -195,20 +204,19 @@ def _losses_function(params: Any, loss_fn: Any, batch: Any) -> Callable[..., jax
         losses = _protocol.check_losses(loss_fn(params, batch))
         if losses.ndim == 0:
             raise ValueError(
-                "reweight_by_sharpness: loss_fn returns a scalar, but it needs "
-                "per-example losses to weight; return shape [B], without the mean."
+                "reweight_by_sharpness: loss_fn returns a scalar, but the method needs "
+                "per-example losses; return shape [B], without the mean."
             )
         return losses
 
     return losses_at
 
 
-def _weights(
+def _gibbs(
     slopes: jax.Array, strength: jax.Array, uniform: jax.Array, normalize: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The Gibbs weights of the examples by their slopes [probes, B], and the mean s."""
-    # Relative to the largest, no square or sum overflows. If all are zero, the largest
-    # is replaced: 0 / 1 is the zero wanted.
+    """The weights of the examples by their slopes [probes, B], and the mean s."""
+    # Relative to the largest, no square or sum overflows; 0 / 1 is the zero wanted.
     largest = jnp.max(jnp.abs(slopes), axis=0, keepdims=True)
     relative = slopes / jnp.where(largest == 0, 1, largest)
     s = largest[0] * jnp.sqrt(jnp.mean(relative**2, axis=0))
@@ -223,10 +231,9 @@ def _weights(
     gaps = jnp.where(finite, s - jnp.max(s), 0)
     logits = jnp.where(gaps == 0, 0, strength * gaps)
     weights = jax.nn.softmax(logits, where=finite)
-    # What is SAM should be so to the last bit, whatever softmax(0) is rounded to.
-    equal = jnp.all(logits == 0) & jnp.all(finite)
-    is_sam = (strength == 0) | equal | ~jnp.any(finite)
-    return jnp.where(is_sam, uniform.astype(s.dtype), weights), largest * relative_mean
+    # What is SAM is so to the last bit, whatever softmax(0) is rounded to.
+    is_sam = (strength == 0) | jnp.all(finite & (logits == 0)) | ~jnp.any(finite)
+    return jnp.where(is_sam, uniform, weights), largest * relative_mean
 
 
 def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
@@ -239,26 +246,3 @@ def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
     bits = jax.lax.slice_in_dim(bits, 0, shape[axis], axis=axis)
     bits >>= jax.lax.broadcasted_iota(jnp.uint32, shape, axis) % 32
     return jnp.where(bits & 1 == 1, 1, -1).astype(like.dtype).reshape(like.shape)
-
-
-def _key_data(key: Any) -> tuple[jax.Array, Any]:
-    """The raw data of an int or a JAX key, and the implementation it is for."""
-    try:
-        key = jax.random.key(key) if isinstance(key, int) else key
-        jax.eval_shape(jax.random.fold_in, key, 0)  # Refuses what is not one key.
-        return jax.random.key_data(key), jax.random.key_impl(key)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            "reweight_by_sharpness: key must be an int or one JAX PRNG key, got "
-            f"{key!r}; under optax.inject_hyperparams name it in static_args."
-        ) from error
-
-
-def _check(argument: str, value: Any, kind: type, allowed: Any, wanted: str) -> None:
-    """Refuses a static argument, such as one that inject_hyperparams has traced."""
-    if not (isinstance(value, kind) and value in allowed):
-        error = ValueError if isinstance(value, kind) else TypeError
-        raise error(
-            f"reweight_by_sharpness: {argument} must be {wanted}, got {value!r}; under "
-            "optax.inject_hyperparams name it in static_args."
-        )
