@@ -19,8 +19,9 @@ every `jax.custom_vjp`. This module needs Flax, and the rest of the package does
 """
 
 import dataclasses
+import inspect
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -34,6 +35,7 @@ from jax import lax
 from optax_sam import _tree
 
 _Product = Callable[[jax.Array, jax.Array], jax.Array]
+_CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
@@ -87,36 +89,18 @@ class _DotGeneral:
 class _ConvGeneralDilated:
     backward: _Backward
 
-    def __call__(
-        self,
-        lhs: Any,
-        rhs: Any,
-        window_strides: Sequence[int],
-        padding: Any,
-        lhs_dilation: Sequence[int] | None = None,
-        rhs_dilation: Sequence[int] | None = None,
-        dimension_numbers: Any = None,
-        feature_group_count: int = 1,
-        batch_group_count: int = 1,
-        **kwargs: Any,
-    ) -> jax.Array:
+    def __call__(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
         def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-            return lax.conv_general_dilated(
-                lhs,
-                rhs,
-                window_strides,
-                padding,
-                lhs_dilation,
-                rhs_dilation,
-                dimension_numbers,
-                feature_group_count,
-                batch_group_count,
-                **kwargs,
-            )
+            return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
 
-        spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        grouped = feature_group_count > 1 or batch_group_count > 1
-        features = _Features(spec.rhs_spec[0], spec.out_spec[1], grouped)
+        call = _CONVOLUTION.bind(lhs, rhs, *args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        layout = lax.conv_dimension_numbers(
+            lhs.shape, rhs.shape, given["dimension_numbers"]
+        )
+        grouped = given["feature_group_count"] > 1 or given["batch_group_count"] > 1
+        features = _Features(layout.rhs_spec[0], layout.out_spec[1], grouped)
         return self.backward._multiply(product, lhs, rhs, features)
 
 
@@ -209,9 +193,7 @@ class Channels(_Backward):
             )
             return dx, _spread(dw, kept, rhs, features.kernel)
 
-        fn = jax.custom_vjp(product)
-        fn.defvjp(lambda lhs, rhs: (product(lhs, rhs), (lhs, rhs)), backward)
-        return fn(lhs, rhs)
+        return _with_backward(product, backward, lhs, rhs)
 
     def _choose(
         self, rhs: jax.Array, dy: jax.Array, features: _Features, count: int
@@ -269,9 +251,6 @@ class Masked(_Backward):
                 "made from the parameters, or none for a dense backward."
             )
 
-        def forward(lhs: jax.Array, rhs: jax.Array, mask: jax.Array) -> Any:
-            return product(lhs, rhs), (lhs, rhs, mask)
-
         def backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> Any:
             lhs, rhs, mask = residuals
             masked = jnp.where(mask, rhs, 0)
@@ -279,9 +258,7 @@ class Masked(_Backward):
             (dw,) = _pull_back(lambda rhs: product(lhs, rhs), dy, rhs)
             return dx, dw, None
 
-        fn = jax.custom_vjp(lambda lhs, rhs, mask: product(lhs, rhs))
-        fn.defvjp(forward, backward)
-        return fn(lhs, rhs, jnp.asarray(self.mask))
+        return _with_backward(product, backward, lhs, rhs, jnp.asarray(self.mask))
 
 
 class _FromMasks(nn.Module):
@@ -399,8 +376,7 @@ def _find(masks: Any, path: tuple[Any, ...]) -> Masked | None:
         masks = masks[key]
     if _tree.is_absent(masks):
         return None
-    mask = masks[...] if isinstance(masks, nnx.Variable) else masks
-    return Masked(mask, "/".join(map(str, path)) or "the layer")
+    return Masked(masks, "/".join(map(str, path)) or "the layer")
 
 
 def _check_plain(layer: Any, name: str, path: tuple[Any, ...]) -> None:
@@ -412,6 +388,20 @@ def _check_plain(layer: Any, name: str, path: tuple[Any, ...]) -> None:
             f"sparsify: the layer {'/'.join(map(str, path))} has a {name} of its own, "
             f"{product!r}; make it with the default one."
         )
+
+
+def _with_backward(
+    product: _Product, backward: Callable[..., Any], *args: jax.Array
+) -> jax.Array:
+    """Multiplies the first two of `args`; `backward` gets them all, and `dY`."""
+
+    @jax.custom_vjp
+    def fn(lhs: jax.Array, rhs: jax.Array, *_: jax.Array) -> jax.Array:
+        return product(lhs, rhs)
+
+    fn.defvjp(lambda *args: (product(*args[:2]), args), backward)
+    out: jax.Array = fn(*args)
+    return out
 
 
 def _pull_back(fn: Callable[..., jax.Array], dy: jax.Array, *primals: Any) -> Any:
