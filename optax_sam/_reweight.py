@@ -85,13 +85,15 @@ def reweight_by_sharpness(
     owner = "reweight_by_sharpness"
     strength_at = as_schedule(owner, "strength", strength)
     delta_at = as_schedule(owner, "delta", delta, low=1e-37)
-    num_probes = check_integer(owner, "num_probes", num_probes, low=1)
+    statics = ("num_probes", num_probes, int), ("normalize", normalize, bool)
+    for argument, value, kind in statics:
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{owner}: {argument} must be of type {kind.__name__}, got {value!r}; "
+                "under optax.inject_hyperparams name it in static_args."
+            )
+    check_integer(owner, "num_probes", num_probes, low=1)
     check_choice(owner, "estimator", estimator, ("finite_difference", "jvp"))
-    if not isinstance(normalize, bool):
-        raise TypeError(
-            f"{owner}: normalize must be True or False, got {normalize!r}; under "
-            "optax.inject_hyperparams name it in static_args."
-        )
     seed = as_key(owner, key)
 
     def init_fn(params: optax.Params) -> ReweightBySharpnessState:
