@@ -397,9 +397,6 @@ def test_injected_hyperparameters():
     problems.assert_trees_close(out, expected, rtol=1e-5, atol=1e-7)
     assert set(state.hyperparams) == {"strength", "delta"}
     forgotten = optax.inject_hyperparams(reweight_by_sharpness)
-    with pytest.raises(TypeError, match="key must be an integer or one PRNG key"):
-        forgotten(**values).init(problem.params)
-    forgotten = optax.inject_hyperparams(reweight_by_sharpness, static_args="key")
     with pytest.raises(TypeError, match=r"num_probes must be.*static_args"):
         forgotten(**values).init(problem.params)
 
