@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import step_cost
+from benchmarks import measure, step_cost
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -28,8 +28,8 @@ def test_step_cost_writes_and_prints_every_row(tmp_path, capsys):
     assert list(rows) == list(step_cost.ROWS)
     for row in rows.values():
         assert all(math.isfinite(figure) and figure > 0 for figure in row.values())
-    assert rows[step_cost.SGD]["flops_over_sgd"] == 1
-    assert rows[step_cost.SGD]["time_over_sgd"] == 1
+    assert rows[measure.SGD]["flops_over_sgd"] == 1
+    assert rows[measure.SGD]["time_over_sgd"] == 1
     assert rows[step_cost.CONTRIB]["temp_over_contrib"] == 1
     assert rows[step_cost.HAND_WRITTEN]["time_over_hand_written"] == 1
     assert rows["optax_sam.vasso"]["state_over_params"] > 1.99
@@ -45,7 +45,7 @@ def test_step_cost_refuses_no_rounds(capsys):
     assert capsys.readouterr().err == "error: --rounds must be at least 1, got 0.\n"
 
 
-@pytest.mark.parametrize("script", ["step_cost.py"])
+@pytest.mark.parametrize("script", ["step_cost.py", "sparse_cost.py"])
 def test_a_benchmark_runs_as_a_script(script):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     completed = subprocess.run(

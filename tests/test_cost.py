@@ -5,9 +5,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from benchmarks import step_cost
+from benchmarks import measure, sparse_cost, step_cost
 
 import optax_sam
 
@@ -17,37 +16,27 @@ MANY_PARAMETERS = step_cost.Options((1, 1), width=64, batch_size=2, image_size=8
 RESNET18 = step_cost.Options(width=16, batch_size=8)
 
 
-def perturbing(*layers, mask_first=True):
-    """SAM that perturbs only some of the layers."""
-
-    def mask(params):
-        return {name: name in layers for name in params}
-
-    links = [optax_sam.perturb_only(mask), optax_sam.scale_to_radius(step_cost.RHO)]
-    ascent = optax.chain(*(links if mask_first else reversed(links)))
-    return step_cost.engine(optax_sam.sharpness_aware(step_cost.BASE, ascent))
-
-
+STAGE = ("BasicBlock_1", "Dense_0")
 ROWS = {
     **step_cost.ROWS,
-    "nothing": perturbing(),
-    "last stage": perturbing("BasicBlock_1", "Dense_0"),
-    "last stage, scaled first": perturbing("BasicBlock_1", "Dense_0", mask_first=False),
-    "last block": perturbing("BasicBlock_7", "Dense_0"),
+    **sparse_cost.make_steps(RESNET18.stage_sizes),
+    "nothing": sparse_cost.perturbing(),
+    "last stage": sparse_cost.perturbing(*STAGE),
+    "last stage, scaled first": sparse_cost.perturbing(*STAGE, mask_first=False),
 }
 
-problem = functools.cache(step_cost.make_problem)
+problem = functools.cache(measure.make_problem)
 
 
 @functools.cache
 def cost(options, row):
     # The effort that goes into machine code changes none of the figures.
     compiler_options = {"xla_backend_optimization_level": "0"}
-    return step_cost.compile_step(ROWS[row], problem(options), compiler_options)[2]
+    return measure.compile_step(ROWS[row], problem(options), compiler_options).cost
 
 
 def flops_over_sgd(row, options=MANY_FLOPS):
-    return cost(options, row)["flops"] / cost(options, step_cost.SGD)["flops"]
+    return cost(options, row)["flops"] / cost(options, measure.SGD)["flops"]
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
@@ -56,7 +45,7 @@ def test_a_method_costs_two_passes_and_nothing_else(method):
 
 
 def test_value_and_update_costs_the_base_nothing():
-    plain = cost(MANY_FLOPS, step_cost.SGD)
+    plain = cost(MANY_FLOPS, measure.SGD)
     assert cost(MANY_FLOPS, "SGD value_and_update") == plain
 
 
@@ -91,7 +80,7 @@ def test_vasso_adds_one_float32_tree_and_scalars_to_the_state_of_sam(dtype):
         return arrays(jax.eval_shape(tx.init, params))
 
     average = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, "float32"), params)
-    base, rho = step_cost.BASE, step_cost.RHO
+    base, rho = measure.BASE, measure.RHO
     assert state(optax_sam.sam(base, rho)) == state(base)
     assert state(optax_sam.vasso(base, rho, 0.4)) == state(base) + arrays(average)
 
@@ -105,9 +94,9 @@ def test_gradients_that_no_perturbation_reads_are_not_computed():
 
 def test_the_last_block_of_resnet18_costs_what_the_readme_says():
     params = jax.eval_shape(problem(RESNET18).init)["params"]
-    perturbed = step_cost.num_bytes([params["BasicBlock_7"], params["Dense_0"]])
-    assert 0.57 < 1 - perturbed / step_cost.num_bytes(params) < 0.58
-    assert 1 < flops_over_sgd("last block", RESNET18) < 1.39
+    perturbed = measure.num_bytes([params["BasicBlock_7"], params["Dense_0"]])
+    assert 0.57 < 1 - perturbed / measure.num_bytes(params) < 0.58
+    assert 1 < flops_over_sgd("static, last block and head", RESNET18) < 1.39
 
 
 def test_an_ascent_that_perturbs_nothing_costs_no_second_gradient():
