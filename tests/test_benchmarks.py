@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import measure, step_cost
+from benchmarks import measure, sparse_cost, step_cost, top_k
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -39,13 +39,43 @@ def test_step_cost_writes_and_prints_every_row(tmp_path, capsys):
     assert all(name in printed for name in rows)
 
 
+def test_sparse_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
+    all_steps, refresh = sparse_cost.make_steps([1]), "4 probes, PatchConv"
+    some = [measure.SGD, sparse_cost.SAM, sparse_cost.SSAM_F, "implicit, 1/2 kept"]
+    rows = {name: all_steps[name] for name in some}  # Each takes seconds to compile.
+    monkeypatch.setattr(sparse_cost, "make_steps", lambda _: rows)
+    refreshes = {refresh: sparse_cost.REFRESHES[refresh]}
+    monkeypatch.setattr(sparse_cost, "REFRESHES", refreshes)
+    path = tmp_path / "costs.json"
+    sparse_cost.main([*TINY, "--refresh-rounds=1", "--json", str(path)])
+    results = json.loads(path.read_text())
+    steps = results["steps"]
+    assert list(steps) == some
+    assert steps[sparse_cost.SAM]["time_over_sam"] == 1
+    assert list(results["refreshes"]) == [refresh]
+    figures = [*steps.values(), *results["scoring"].values()]
+    assert all(math.isfinite(f) and f > 0 for row in figures for f in row.values())
+    assert all(row["flops_over_sgd"] > 0 for row in results["refreshes"].values())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*steps, refresh])
+
+
+def test_top_k_finds_equal_masks(tmp_path):
+    path = tmp_path / "top_k.json"
+    top_k.main(["--width=4", "--rounds=1", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 8
+    assert all(row["wrong_over_all"] == 0 for row in rows.values())
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
 def test_step_cost_refuses_no_rounds(capsys):
     with pytest.raises(SystemExit, match="2"):
         step_cost.main(["--rounds", "0"])
     assert capsys.readouterr().err == "error: --rounds must be at least 1, got 0.\n"
 
 
-@pytest.mark.parametrize("script", ["step_cost.py", "sparse_cost.py"])
+@pytest.mark.parametrize("script", ["step_cost.py", "sparse_cost.py", "top_k.py"])
 def test_a_benchmark_runs_as_a_script(script):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     completed = subprocess.run(

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from benchmarks import measure, sparse_cost, step_cost
+from benchmarks import measure, sparse_cost, step_cost, top_k
 
 import optax_sam
 
@@ -20,6 +20,8 @@ STAGE = ("BasicBlock_1", "Dense_0")
 ROWS = {
     **step_cost.ROWS,
     **sparse_cost.make_steps(RESNET18.stage_sizes),
+    "2 probes": sparse_cost.sparse_sam("probes", num_probes=2),
+    "8 probes": sparse_cost.sparse_sam("probes", num_probes=8),
     "nothing": sparse_cost.perturbing(),
     "last stage": sparse_cost.perturbing(*STAGE),
     "last stage, scaled first": sparse_cost.perturbing(*STAGE, mask_first=False),
@@ -29,14 +31,14 @@ problem = functools.cache(measure.make_problem)
 
 
 @functools.cache
-def cost(options, row):
+def cost(options, row, count=None):
     # The effort that goes into machine code changes none of the figures.
-    compiler_options = {"xla_backend_optimization_level": "0"}
-    return measure.compile_step(ROWS[row], problem(options), compiler_options).cost
+    level = {"xla_backend_optimization_level": "0"}
+    return measure.compile_step(ROWS[row], problem(options), level, count=count).cost
 
 
-def flops_over_sgd(row, options=MANY_FLOPS):
-    return cost(options, row)["flops"] / cost(options, measure.SGD)["flops"]
+def flops_over_sgd(row, options=MANY_FLOPS, count=None):
+    return cost(options, row, count)["flops"] / cost(options, measure.SGD)["flops"]
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
@@ -97,6 +99,48 @@ def test_the_last_block_of_resnet18_costs_what_the_readme_says():
     perturbed = measure.num_bytes([params["BasicBlock_7"], params["Dense_0"]])
     assert 0.57 < 1 - perturbed / measure.num_bytes(params) < 0.58
     assert 1 < flops_over_sgd("static, last block and head", RESNET18) < 1.39
+
+
+@pytest.mark.parametrize("method", [sparse_cost.SSAM_F, sparse_cost.SSAM_D])
+def test_array_masks_cost_nothing_between_refreshes(method):
+    between = cost(MANY_FLOPS, method, sparse_cost.NOT_DUE)
+    sam = cost(MANY_FLOPS, sparse_cost.SAM)
+    num_params = sam["param_bytes"] // 4
+    # One choice for every parameter is what is left; a refresh takes far more.
+    assert between["flops"] - sam["flops"] <= 1.1 * num_params
+    due = cost(MANY_FLOPS, method, sparse_cost.DUE)
+    assert due["flops"] - sam["flops"] > 10 * num_params
+    assert flops_over_sgd(method, count=sparse_cost.NOT_DUE) < 2.02
+
+
+def test_array_masks_take_a_byte_for_each_parameter_of_the_state():
+    sam, masked = (cost(MANY_FLOPS, m) for m in (sparse_cost.SAM, sparse_cost.SSAM_F))
+    added = masked["state_bytes"] - sam["state_bytes"]
+    assert sam["param_bytes"] / 4 <= added < sam["param_bytes"] / 4 + 100
+
+
+def test_an_implicit_backward_of_half_the_channels_saves_a_third_of_a_pass():
+    assert 1.6 < flops_over_sgd("implicit, 1/2 kept", RESNET18) < 1.7
+
+
+def test_the_memory_of_scores_does_not_grow_with_the_number_of_examples():
+    few, many = (
+        sparse_cost.scoring_memory(problem(MANY_PARAMETERS), n) for n in (16, 128)
+    )
+    # Gradients of 4 examples at a time, their sum, and what the layers keep.
+    assert many < 1.01 * few < 8
+
+
+def test_the_memory_of_scores_does_not_grow_with_the_number_of_probes():
+    few, many = (cost(MANY_PARAMETERS, row) for row in ("2 probes", "8 probes"))
+    assert many["temp_bytes"] < 1.01 * few["temp_bytes"]
+
+
+@pytest.mark.parametrize("case", ["ResNet-18", "one tensor"])
+def test_an_exact_top_k_takes_no_more_than_twice_the_scores(case):
+    scores = top_k.make_scores(width=16)[case]
+    exact = top_k.compile_pattern(top_k.PATTERNS[top_k.EXACT], scores)
+    assert exact.temp_bytes < 2 * measure.num_bytes(scores)
 
 
 def test_an_ascent_that_perturbs_nothing_costs_no_second_gradient():

@@ -168,13 +168,15 @@ def timed(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     return out, time.perf_counter() - start
 
 
-def in_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+def in_turns(
+    turns: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: int = 2
+) -> dict[str, Any]:
     """Calls all in turns (A B C A B C ...); returns what each returned, round by round.
 
-    Two rounds of warm-up come before those that count.
+    Rounds of warm-up come before those that count.
     """
     seconds = {name: np.zeros(rounds) for name in turns}
-    for i in track(range(-2, rounds), "timing"):
+    for i in track(range(-warm_up, rounds), "timing"):
         for name, turn in turns.items():
             taken = turn()
             if i >= 0:
