@@ -171,11 +171,24 @@ def _ascend_if_finite(
     """Ascends; where the gradient is not finite, by zero and with the old state."""
     epsilon, new_state = ascend(gradient)
     finite = _tree.all_finite(_read(ascend, gradient, epsilon))
-    epsilon = _tree.map_present(lambda e: jnp.where(finite, e, 0), epsilon)
+    epsilon = _tree.map_present(lambda e: _zero_unless(finite, e), epsilon)
     state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), new_state, old_state
     )
     return epsilon, state
+
+
+def _zero_unless(condition: jax.Array, e: Any) -> jax.Array:
+    """Zeros unless a scalar condition holds.
+
+    By a mask of bits: where a float is selected, XLA may fuse the product that scales
+    it with the addition to the parameters, rounding once for two. Whether it does
+    depends on what else is in the chain, and a mask of ones would not be SAM exactly.
+    """
+    e = jnp.asarray(e)
+    unsigned = jnp.dtype(f"uint{8 * e.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(e, unsigned) & -condition.astype(unsigned)
+    return jax.lax.bitcast_convert_type(bits, e.dtype)
 
 
 def _read(
@@ -183,18 +196,22 @@ def _read(
     gradient: optax.Updates,
     epsilon: optax.Updates,
 ) -> list[jax.Array]:
-    """The leaves of the gradient that the ascent reads.
+    """The leaves of the gradient that the ascent reads, and of epsilon for the others.
 
-    To look at a leaf that a static mask drops unread would make XLA compute it; one
-    that is dropped after an average or a norm has read it must be looked at.
+    To look at a leaf that the ascent leaves unread, since a static mask drops it or a
+    gradient of its own replaces it, would make XLA compute it; one that is dropped
+    after an average or a norm has read it must be looked at.
     """
     leaves, structure = jax.tree.flatten(gradient)
-    if len(jax.tree.leaves(epsilon)) == len(leaves):
-        return leaves
     jaxpr = jax.make_jaxpr(lambda *g: ascend(jax.tree.unflatten(structure, g)))(
         *leaves
     ).jaxpr
     used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(
         map(id, jaxpr.outvars)
     )
-    return [leaf for leaf, v in zip(leaves, jaxpr.invars, strict=True) if id(v) in used]
+    replaced = structure.flatten_up_to(epsilon)
+    return [
+        g if id(v) in used else e
+        for g, e, v in zip(leaves, replaced, jaxpr.invars, strict=True)
+        if id(v) in used or not _tree.is_absent(e)
+    ]

@@ -158,14 +158,14 @@ def first_examples(owner: str, batch: Any, num_examples: Any) -> Any:
 
 def check_per_example(owner: str, losses: Any, size: int) -> jax.Array:
     """Returns the losses of `size` examples, or refuses what is none."""
-    losses = _protocol.check_losses(losses)
-    if losses.shape != (size,):
+    checked = _protocol.check_losses(losses)
+    if checked.shape != (size,):
         raise ValueError(
             f"{owner}: needs the loss of each example, shape [{size}] for {size} "
-            f"example(s), and loss_fn returned shape {list(losses.shape)}; leave the "
+            f"example(s), and loss_fn returned shape {list(checked.shape)}; leave the "
             "mean over the batch out of it."
         )
-    return losses
+    return checked
 
 
 def _zeros(p: Any) -> Any:

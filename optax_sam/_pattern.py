@@ -182,8 +182,10 @@ def _keep_in_groups(x: jax.Array, n: int, m: int, axis: int) -> jax.Array:
     groups = groups.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
     own = jnp.expand_dims(groups, axis + 2)
     other = jnp.expand_dims(groups, axis + 1)
-    place = jnp.arange(m).reshape(m, *(1 for _ in x.shape[axis + 1 :]))
-    earlier = jnp.expand_dims(place, 0) < jnp.expand_dims(place, 1)
+    place = jnp.arange(m).reshape(
+        *(m if a == axis + 1 else 1 for a in range(own.ndim - 1))
+    )
+    earlier = jnp.expand_dims(place, axis + 1) < jnp.expand_dims(place, axis + 2)
     ahead = (other > own) | ((other == own) & earlier)
     rank = jnp.sum(ahead, axis=axis + 2, dtype=jnp.int32)
     kept = ((rank < n) & (groups > 0)).reshape(shape)

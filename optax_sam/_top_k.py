@@ -6,8 +6,9 @@ scalars, so they sum across leaves and across devices, and sharded leaves stay w
 they are.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -45,26 +46,25 @@ def largest(
     sizes = [1] * len(keys) if weigh_by is None else jax.tree.leaves(weigh_by)
     counter = _counter([w * x.size for w, x in zip(sizes, keys, strict=True)])
     k = jnp.asarray(k, counter)
-    weights = jnp.asarray(sizes, counter)
+    weights = jnp.asarray(sizes, counter)[None]
+    before = [0, *itertools.accumulate(x.size for x in keys)]
+    offsets = jnp.asarray(before[:-1], counter)
 
-    def reach(candidates: jax.Array) -> jax.Array:
-        """What the entries from each candidate upwards count for, per leaf."""
-        return _count([[x >= c for c in candidates] for x in keys], counter)
+    def weigh(thresholds: jax.Array, ends: jax.Array) -> jax.Array:
+        """What the entries ahead of each of several points count for."""
+        # Else the arithmetic on candidates is copied into the code of every leaf, and
+        # the positions, which seem not to change, are kept in memory.
+        barrier = jax.lax.optimization_barrier((thresholds, ends, offsets))
+        counts = [
+            _count(_ahead(x, p, *barrier[:2]), counter)
+            for x, p in _with_positions(keys, barrier[2])
+        ]
+        return jnp.sum(_tree.stack(counts).T * weights, axis=1)
 
-    threshold = _settle(
-        keys[0].dtype, [], lambda c: jnp.sum(reach(c) * weights, axis=1) >= k
-    )
-    # NaN has the key 0, and is no tie even if there is nothing else left to select.
-    tied = [(x == threshold) & (x > 0) for x in keys]
-    num_above, num_tied = _count(
-        [[x > threshold, t] for x, t in zip(keys, tied, strict=True)], counter
-    )
-    missing = k - jnp.minimum(k, jnp.sum(num_above * weights))
-    quota = _quota(missing, num_tied, weights)
-    end = _ends(tied, num_tied, quota)
+    point = _settle(keys[0].dtype, counter, weigh, k)
     masks = [
-        (x > threshold) | (t & (_position(t.shape, counter) < end[i]))
-        for i, (x, t) in enumerate(zip(keys, tied, strict=True))
+        _ahead(x, p, *point)[0] & (x > 0) & (k > 0)
+        for x, p in _with_positions(keys, offsets)
     ]
     return jax.tree.unflatten(structure, masks)
 
@@ -107,82 +107,77 @@ def _counter(sizes: list[int]) -> Any:
     return counter
 
 
-def _count(conditions: list[list[jax.Array]], counter: Any) -> jax.Array:
-    """How often each of several conditions holds: `[num_conditions, num_leaves]`."""
+def _ahead(
+    keys: jax.Array, positions: jax.Array, thresholds: jax.Array, ends: jax.Array
+) -> list[jax.Array]:
+    """Which entries are above each threshold, or tie with it before its end."""
+    return [
+        (keys > threshold) | ((keys == threshold) & (positions < end))
+        for threshold, end in zip(thresholds, ends, strict=True)
+    ]
 
-    def count(conditions: list[jax.Array]) -> Any:
-        # As one reduction of several operands: XLA on the CPU stores the operand of a
-        # plain sum before it adds it up, and would need five times as long.
-        sums = jax.lax.reduce(
-            tuple(c.astype(counter) for c in conditions),
-            (jnp.zeros([], counter),) * len(conditions),
-            lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
-            tuple(range(conditions[0].ndim)),
-        )
-        return jnp.stack(sums)
 
-    return _tree.stack([count(c) for c in conditions]).T
+def _with_positions(
+    keys: list[jax.Array], offsets: jax.Array
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The leaves, each with the row-major positions of its entries in the tree."""
+    for x, offset in zip(keys, offsets, strict=True):
+        position = jnp.full(x.shape, offset)
+        for axis in range(x.ndim):
+            stride = jnp.asarray(math.prod(x.shape[axis + 1 :]), offset.dtype)
+            iota = jax.lax.broadcasted_iota(offset.dtype, x.shape, axis)
+            position += stride * iota
+        yield x, position
+
+
+def _count(conditions: list[jax.Array], counter: Any) -> jax.Array:
+    """How often each of several conditions holds."""
+    # As one reduction of several operands: XLA on the CPU stores the operand of a plain
+    # sum before it adds it up, and would need five times as long.
+    sums = jax.lax.reduce(
+        tuple(c.astype(counter) for c in conditions),
+        (jnp.zeros([], counter),) * len(conditions),
+        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+        tuple(range(conditions[0].ndim)),
+    )
+    return jnp.stack(sums)
 
 
 def _settle(
-    dtype: Any, shape: Any, holds: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """The largest unsigned integers for which a condition holds that once ceases to.
+    key: Any, counter: Any, weigh: Callable[..., jax.Array], k: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The threshold and the end of the ties with it that just `k` are ahead of.
 
-    Args:
-      dtype: Their type.
-      shape: Their shape.
-      holds: Maps candidates `[3, *shape]` to bools.
+    The threshold is the largest that at least `k` entries reach. Unless just `k` do,
+    the end is behind the last tie that less than `k` entries are ahead of. One loop
+    settles the bits of both, since its body is compiled anew for every leaf.
     """
-    digits = jnp.arange(1, 4, dtype=dtype).reshape(3, *(1 for _ in shape))
-    num_rounds = 4 * jnp.dtype(dtype).itemsize
+    key_rounds, rounds = (4 * jnp.dtype(t).itemsize for t in (key, counter))
+    rounds += key_rounds
+    everything = jnp.asarray(np.iinfo(counter).max, counter)
 
-    def settle_two_bits(i: jax.Array, value: jax.Array) -> Any:
-        shift = (2 * (num_rounds - 1 - i)).astype(dtype)
-        digit = jnp.sum(holds(value | digits << shift), axis=0, dtype=dtype)
-        return value | digit << shift
+    def unsettled(carry: Any) -> jax.Array:
+        i, _, _, reached = carry
+        return (i < key_rounds) | ((i < rounds) & (reached != k))
 
-    start = jnp.zeros(shape, dtype)
-    settled: jax.Array = jax.lax.fori_loop(0, num_rounds, settle_two_bits, start)
-    return settled
+    def settle_two_bits(carry: Any) -> Any:
+        i, threshold, last, reached = carry
+        on_keys = i < key_rounds
+        shift = 2 * (jnp.where(on_keys, key_rounds, rounds) - 1 - i)
+        digits = jnp.arange(1, 4)
+        of_key = jnp.where(on_keys, digits, 0).astype(key) << shift.astype(key)
+        of_last = jnp.where(on_keys, 0, digits).astype(counter) << shift.astype(counter)
+        thresholds, lasts = threshold | of_key, last | of_last
+        weights = weigh(thresholds, jnp.where(on_keys, everything, lasts))
+        digit = jnp.sum(jnp.where(on_keys, weights >= k, weights < k), dtype=jnp.int32)
+        chosen = digit - 1
+        return (
+            i + 1,
+            jnp.where(on_keys & (digit > 0), thresholds[chosen], threshold),
+            jnp.where(on_keys | (digit == 0), last, lasts[chosen]),
+            jnp.where(on_keys & (digit > 0), weights[chosen], reached),
+        )
 
-
-def _quota(missing: jax.Array, num_tied: jax.Array, weights: jax.Array) -> jax.Array:
-    """How many ties each leaf has to select, the earlier leaves first."""
-    before = jnp.cumsum(num_tied * weights) - num_tied * weights
-    wanted = missing - jnp.minimum(missing, before)
-    wanted = wanted // weights + (wanted % weights > 0).astype(wanted.dtype)
-    return jnp.minimum(wanted, num_tied)
-
-
-def _ends(tied: list[jax.Array], num_tied: jax.Array, quota: jax.Array) -> jax.Array:
-    """The positions that ties have to come before, one for each leaf."""
-    everything = jnp.asarray(np.iinfo(quota.dtype).max, quota.dtype)
-
-    def within(candidates: jax.Array) -> jax.Array:
-        positions = [_position(t.shape, quota.dtype) for t in tied]
-        conditions = [
-            [t & (p < c) for c in candidates[:, i]]
-            for i, (t, p) in enumerate(zip(tied, positions, strict=True))
-        ]
-        return _count(conditions, quota.dtype) <= quota
-
-    ends: jax.Array = jax.lax.cond(
-        jnp.any((quota > 0) & (quota < num_tied)),
-        lambda: _settle(quota.dtype, quota.shape, within),
-        lambda: jnp.where(quota > 0, everything, jnp.zeros_like(quota)),
-    )
-    return ends
-
-
-def _position(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The row-major positions of the entries of an array."""
-    axes = range(len(shape))
-    strides = [math.prod(shape[axis + 1 :]) for axis in axes]
-    return sum(
-        (
-            jax.lax.broadcasted_iota(dtype, shape, axis) * jnp.asarray(stride, dtype)
-            for axis, stride in zip(axes, strides, strict=True)
-        ),
-        jnp.zeros(shape, dtype),
-    )
+    start = (0, jnp.zeros([], key), jnp.zeros([], counter), everything)
+    i, threshold, last, _ = jax.lax.while_loop(unsettled, settle_two_bits, start)
+    return threshold[None], jnp.where(i < rounds, everything, last + 1)[None]
