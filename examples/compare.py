@@ -18,7 +18,7 @@ from command_line import (
     write_json,
 )
 from data import Dataset, Split, load_digits
-from methods import METHODS, hyperparameters, momentum_sgd
+from methods import METHODS, hyperparameters, make_tx, momentum_sgd
 from models.convolution import fastest_convolution
 from models.resnet import ResNet
 from report import Curves, plot_test_accuracy, print_table, summarize
@@ -178,7 +178,10 @@ def main(args: Sequence[str] | None = None) -> None:
         check_training(options, num_examples)
         num_steps = options.epochs * (num_examples // options.batch_size)
         base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
-        txs = {method: METHODS[method](base, **chosen[method]) for method in chosen}
+        txs = {
+            method: make_tx(method, base, values, num_steps)
+            for method, values in chosen.items()
+        }
         directory = make_run_directory(options.out, "compare")
     start = time.perf_counter()
     contestants = compare(options, datasets, txs)

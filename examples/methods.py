@@ -1,9 +1,11 @@
 """The methods that the scripts can train with, and the optimizer beneath them.
 
 A method is a function of a base optimizer and its own hyperparameters, whose defaults
-stand here and can be changed on the command line. One line adds a method.
+stand here and can be changed on the command line. One line adds a method, two or three
+a method whose hyperparameters are not all numbers.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -18,6 +20,13 @@ def _base_alone(base: optax.GradientTransformation) -> optax.GradientTransformat
     return base
 
 
+def _sparse_sam(
+    base: optax.GradientTransformation, rho: float, sparsity: float, refresh_every: int
+) -> optax.GradientTransformation:
+    pattern = optax_sam.unstructured(sparsity)
+    return optax_sam.sparse_sam(base, rho, pattern, refresh_every=refresh_every)
+
+
 # By the name of the method, then by that of the hyperparameter.
 Hyperparameters = Mapping[str, Mapping[str, Any]]
 
@@ -28,6 +37,15 @@ METHODS: Mapping[str, partial[Any]] = {
     "sam": partial(optax_sam.sam, rho=0.5),
     "vasso": partial(optax_sam.vasso, rho=0.5, theta=0.9),
     "asam": partial(optax_sam.asam, rho=3.0),
+    # A new mask each epoch, at 16 steps of 64 digits.
+    "sparse_sam": partial(_sparse_sam, rho=0.7, sparsity=0.5, refresh_every=16),
+    "dynamic_sparse_sam": partial(
+        optax_sam.dynamic_sparse_sam,
+        rho=0.7,
+        sparsity=0.5,
+        refresh_every=16,
+        drop_fraction=0.5,
+    ),
 }
 
 # The papers' values on CIFAR-10, where they differ from those for the noisy digits.
@@ -35,6 +53,8 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "sam": {"rho": 0.1},
     "vasso": {"rho": 0.1, "theta": 0.9},
     "asam": {"rho": 0.5},
+    "sparse_sam": {"rho": 0.1, "refresh_every": 390},
+    "dynamic_sparse_sam": {"rho": 0.1, "refresh_every": 390},
 }
 
 
@@ -46,6 +66,30 @@ def momentum_sgd(
     return optax.chain(
         optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=0.9)
     )
+
+
+def make_tx(
+    method: str,
+    base: optax.GradientTransformation,
+    values: Mapping[str, Any],
+    num_steps: int,
+) -> optax.GradientTransformation:
+    """The optimizer of a method.
+
+    Args:
+      method: name out of `METHODS`.
+      base: the optimizer that moves the parameters.
+      values: the method's hyperparameters.
+      num_steps: length of the training, for methods that want to know it.
+
+    Raises:
+      ValueError: if a hyperparameter is out of range.
+    """
+    make = METHODS[method]
+    wants_length = "decay_steps" in inspect.signature(make).parameters
+    length = {"decay_steps": num_steps} if wants_length else {}
+    tx: optax.GradientTransformation = make(base, **values, **length)
+    return tx
 
 
 def hyperparameters(
@@ -100,6 +144,8 @@ def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
             values[name] = number_type(value)
         except ValueError:
             raise ValueError(
-                f"{assignment!r} has no number after '='; write for example "
+                f"{assignment!r} has no "
+                f"{'whole ' if number_type is int else ''}number after '='; write "
+                f"for example "
                 f"{target}={values[name]}."
             ) from None

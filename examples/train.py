@@ -23,6 +23,7 @@ from methods import (
     CIFAR10_HYPERPARAMETERS,
     METHODS,
     hyperparameters,
+    make_tx,
     momentum_sgd,
 )
 from models.convolution import fastest_convolution
@@ -202,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> None:
         epoch_steps = num_examples // recipe.batch_size
         num_steps = recipe.epochs * epoch_steps
         base = momentum_sgd(recipe.learning_rate, num_steps, recipe.weight_decay)
-        tx = METHODS[method](base, **chosen)
+        tx = make_tx(method, base, chosen, num_steps)
         directory = make_run_directory(options.out, f"{options.dataset}-{method}")
     run = Run(recipe, dataset, tx, options.seed)
     with tqdm(total=num_steps, unit="step", mininterval=0.5) as bar:

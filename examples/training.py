@@ -75,6 +75,27 @@ def make_loss_fn(model: nn.Module) -> LossFn:
     return loss_fn
 
 
+def make_scoring_loss_fn(model: nn.Module) -> Callable[..., jax.Array]:
+    """Makes `scoring_loss_fn(params, batch, batch_stats, key) -> losses`.
+
+    The losses `[B]` are those in evaluation mode, where the loss of an example does not
+    depend on the others: what Sparse SAM scores parameters by.
+    """
+
+    def scoring_loss_fn(
+        params: Any, batch: Split, batch_stats: Any, key: jax.Array
+    ) -> jax.Array:
+        del key  # Nothing is dropped in evaluation mode.
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits = model.apply(variables, batch.images, train=False)
+        losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch.labels
+        )
+        return losses
+
+    return scoring_loss_fn
+
+
 def make_init(model: nn.Module, dataset: Dataset) -> InitState:
     """Makes `init(seed, tx) -> TrainState`; the same seed, the same parameters."""
     shape = (1, *dataset.train.images.shape[1:])
@@ -96,6 +117,7 @@ def make_train_steps(
     dataset: Dataset,
     *,
     augmented: bool = False,
+    ascent_loss_fn: LossFn | None = None,
 ) -> Any:
     """Makes `train_steps(state, split, indices, key) -> state, metrics`, compiled.
 
@@ -107,8 +129,16 @@ def make_train_steps(
       tx: any Optax optimizer, sharpness-aware or not.
       dataset: says how to normalize.
       augmented: whether to apply `data.augment`.
+      ascent_loss_fn: takes the place of the loss in the clean passes, whose gradients
+        then only set the perturbation; by default none does.
     """
-    step_fn = optax_sam.value_and_update(make_loss_fn(model), tx, has_aux=True)
+    step_fn = optax_sam.value_and_update(
+        make_loss_fn(model),
+        tx,
+        has_aux=True,
+        ascent_loss_fn=ascent_loss_fn,
+        scoring_loss_fn=make_scoring_loss_fn(model),
+    )
 
     def train_steps(
         state: TrainState, split: Split, indices: jax.Array, key: jax.Array

@@ -103,6 +103,20 @@ def test_train_reads_cifar10(tmp_path, monkeypatch, write):
     )
 
 
+@pytest.mark.parametrize("script", [compare, train])
+def test_methods_are_told_how_long_the_training_is(monkeypatch, capsys, script):
+    def make_tx(method, base, values, num_steps):
+        assert isinstance(values["refresh_every"], int)
+        raise ValueError(f"{method} for {num_steps} steps")
+
+    monkeypatch.setattr(script, "make_tx", make_tx)
+    flag = "--methods" if script is compare else "--method"
+    options = ["--epochs", "3", "--hyperparameters", "refresh_every=4"]
+    with pytest.raises(SystemExit) as status:
+        script.main([flag, "dynamic_sparse_sam", *options])
+    check_refusal(status, capsys, "dynamic_sparse_sam for 48 steps")
+
+
 def test_defaults_on_cifar10_are_those_of_the_papers():
     def recipe(**given):
         return train.make_recipe(train.Options(dataset="cifar10", **given))

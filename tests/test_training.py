@@ -6,13 +6,14 @@ import numpy as np
 import optax
 import pytest
 from data import Dataset, Split, normalize
-from methods import METHODS, hyperparameters, momentum_sgd
+from methods import METHODS, hyperparameters, make_tx, momentum_sgd
 from models.convolution import PatchConv
 from models.resnet import ResNet
 from training import (
     make_evaluate,
     make_init,
     make_loss_fn,
+    make_scoring_loss_fn,
     make_train_steps,
     shuffled_batches,
     steps_per_call,
@@ -129,8 +130,10 @@ def test_every_method_learns(method):
     dataset = make_dataset()
     base = momentum_sgd(0.05, 60, 0.0)
     # The defaults are for a larger model.
-    small = {"rho": 0.05} if "rho" in METHODS[method].keywords else {}
-    tx = METHODS[method](base, **small)
+    values = hyperparameters([method])[method]
+    tx = make_tx(
+        method, base, {k: 0.05 if k == "rho" else v for k, v in values.items()}, 60
+    )
     indices = jnp.concatenate(
         [shuffled_batches(jax.random.key(epoch), 16, 8) for epoch in range(30)]
     )
@@ -139,6 +142,74 @@ def test_every_method_learns(method):
     assert (
         evaluate(after, dataset.test).loss < evaluate(before, dataset.test).loss - 0.2
     )
+
+
+def test_perturbations_come_from_the_ascent_loss_and_updates_do_not():
+    tx, indices = optax_sam.sam(optax.sgd(0.1), rho=0.5), jnp.arange(16).reshape(1, 16)
+
+    def level(*args):
+        losses, aux = make_loss_fn(MODEL)(*args)
+        return 0 * losses, aux
+
+    _, unperturbed, metrics = train(MODEL, tx, indices, ascent_loss_fn=level)
+    _, sgd, _ = train(MODEL, optax.sgd(0.1), indices)
+    _, sam, _ = train(MODEL, tx, indices)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    assert_trees(close, unperturbed.params, sgd.params)
+    assert_trees(close, unperturbed.batch_stats, sgd.batch_stats)
+    assert optax.tree.norm(optax.tree.sub(sam.params, sgd.params)) > 1e-3
+    assert metrics.loss == 0
+
+
+def test_sparse_sam_scores_in_evaluation_mode():
+    # In training mode the batch statistics of an example of one would be scored.
+    dataset = make_dataset()
+    tx = make_tx(
+        "sparse_sam", NO_MOVE, {"rho": 1.0, "sparsity": 0.5, "refresh_every": 9}, 1
+    )
+    before, after, _ = train(DROPOUT_MODEL, tx, jnp.arange(16).reshape(1, 16))
+    images = normalize(dataset.train.images, dataset.mean, dataset.std)
+    batch = Split(images, dataset.train.labels)
+    scoring = make_scoring_loss_fn(DROPOUT_MODEL)
+    losses = partial(scoring, batch_stats=before.batch_stats, key=None)
+    evaluate = make_evaluate(DROPOUT_MODEL, dataset)
+    np.testing.assert_allclose(
+        losses(before.params, batch).mean(),
+        evaluate(before, dataset.train).loss,
+        rtol=1e-5,
+    )
+    scores = optax_sam.fisher_diagonal(losses, before.params, batch)
+    expected = jax.tree.leaves(optax_sam.unstructured(0.5)(scores))
+    mask = jax.tree.leaves(optax.tree.get(after.opt_state, "mask"))
+    same = sum(int(jnp.sum(a == b)) for a, b in zip(expected, mask, strict=True))
+    assert same >= 0.99 * sum(m.size for m in mask)  # Two programs round differently.
+
+
+@pytest.mark.parametrize("method", ["sparse_sam", "dynamic_sparse_sam"])
+def test_hyperparameters_of_sparse_methods_are_checked(method):
+    with pytest.raises(ValueError, match="sparsity = 2 is out of range"):
+        make_tx(method, NO_MOVE, hyperparameters([method], ["sparsity=2"])[method], 1)
+    with pytest.raises(ValueError, match=r"no whole number after '='"):
+        hyperparameters([method], ["refresh_every=1.5"])
+
+
+def test_dynamic_masks_stay_after_the_training_that_they_are_made_for():
+    values = hyperparameters(["dynamic_sparse_sam"], ["refresh_every=1"])
+    tx = make_tx("dynamic_sparse_sam", NO_MOVE, values["dynamic_sparse_sam"], 5)
+    params = jnp.zeros(64)
+
+    @jax.jit
+    def update(state):
+        _, state = tx.update(jnp.ones(64), state, params, grad_fn=lambda _: params)
+        return state
+
+    state, masks = tx.init(params), []
+    for _ in range(8):
+        state = update(state)
+        masks.append(np.asarray(optax.tree.get(state, "mask")))
+    changed = [np.any(a != b) for a, b in zip(masks, masks[1:], strict=False)]
+    assert any(changed[:4])
+    assert not any(changed[4:])
 
 
 def test_training_compiles_once_and_donates_its_state():

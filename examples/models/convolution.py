@@ -29,6 +29,7 @@ class PatchConv(nn.Module):
       padding: zeros added at each side.
       kernel_init: initializer of the kernel `[height, width, C, features]`.
       dtype: type of the computation; the kernel stays in float32.
+      dot_general: multiplies the patches with the kernel, as `jax.lax.dot_general`.
     """
 
     features: int
@@ -37,6 +38,7 @@ class PatchConv(nn.Module):
     padding: int = 0
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: DTypeLike = jnp.float32
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,7 +55,12 @@ class PatchConv(nn.Module):
             )
         )
         patches = [x[:, row, column] for row in rows for column in columns]
-        return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features)
+        last_with_first = (((x.ndim - 1,), (0,)), ((), ()))
+        return self.dot_general(
+            jnp.concatenate(patches, axis=-1),
+            kernel.reshape(-1, self.features),
+            last_with_first,
+        )
 
 
 def fastest_convolution(backend: str) -> Callable[..., nn.Module]:
