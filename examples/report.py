@@ -1,4 +1,4 @@
-"""The table and the figure of a comparison."""
+"""The tables and the figures of comparisons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-BASELINE = "sgd"
+BASELINE = "sgd"  # In the comparison of methods, and `SGD` in that of trade-offs.
+SGD = "SGD"
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the line styles remain
 # in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("solid", "dashed", "dashdot", (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass
@@ -87,6 +89,42 @@ def _percent(accuracy: Mapping[str, float | None]) -> str:
     return " ± ".join(f"{100 * value:.1f}" for value in values if value is not None)
 
 
+def print_trade_off(
+    rows: Mapping[str, Mapping[str, Any]],
+    times: Mapping[int, Mapping[str, float]],
+    *,
+    best: str,
+    title: str,
+) -> None:
+    """Prints test accuracy and step time of each row.
+
+    Args:
+      rows: `rho`, and `test`, the accuracies of the seeds, by name.
+      times: times of a step over that of `SGD`, by the network's width and name.
+      best: the row whose gain over `SGD` the others keep a part of.
+      title: title of the table.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("configuration")
+    columns = ["rho", "test (%)", f"of {best}'s\ngain (%)"]
+    columns += [f"step / {SGD}\nwidth {width}" for width in times]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        gain = ""
+        if {SGD, best} <= rows.keys():
+            base, top, mean = (np.mean(rows[n]["test"]) for n in (SGD, best, name))
+            gain = f"{100 * (mean - base) / (top - base):.0f}" if top != base else ""
+        table.add_row(
+            name,
+            f"{row['rho']:g}" if row["rho"] else "",
+            _percent(_mean_and_std(row["test"])),
+            gain,
+            *(f"{time[name]:.2f}" for time in times.values()),
+        )
+    Console(highlight=False).print(table)
+
+
 def plot_test_accuracy(
     curves: Mapping[str, Sequence[Curves]], title: str, path: Path
 ) -> None:
@@ -126,4 +164,49 @@ def plot_test_accuracy(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="last epoch", frameon=False, alignment="left", handlelength=4)
+    figure.savefig(path, dpi=150)
+
+
+def plot_accuracy_over_time(
+    rows: Mapping[str, Mapping[str, Any]],
+    times: Mapping[str, float],
+    title: str,
+    path: Path,
+) -> None:
+    """Plots test accuracy, mean and deviation over seeds, over the time of a step.
+
+    Args:
+      rows: `kind`, and `test`, the accuracies of the seeds, by name.
+      times: time of a step over that of `SGD`, by name.
+      title: title of the figure.
+      path: file to write.
+    """
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(row["kind"] for row in rows.values()))
+    order = sorted(rows, key=lambda name: times[name])
+    for number, name in enumerate(order, start=1):
+        accuracy = 100 * np.array(rows[name]["test"])
+        kind = kinds.index(rows[name]["kind"])
+        point = (times[name], accuracy.mean())
+        axes.errorbar(
+            *point,
+            yerr=accuracy.std(ddof=1) if len(accuracy) > 1 else None,
+            color=COLORS[kind - 1],
+            marker=MARKERS[kind % len(MARKERS)],
+            markersize=8,
+            elinewidth=1,
+            linestyle="none",
+            label=f"{number}  {name}",
+        )
+        # A number, as names would hide each other.
+        axes.annotate(
+            str(number), point, (6, 5), textcoords="offset points", fontsize=10
+        )
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(f"Time of a step / time of a step of {SGD}")
+    axes.set_ylabel("Test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)

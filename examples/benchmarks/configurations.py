@@ -1,0 +1,165 @@
+"""Ways to take SAM's ascent along a part of the network, by name.
+
+A configuration says which weights are perturbed, and what the clean pass computes for
+it. The names of layers are those of the ResNets in `models/resnet.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+from data import Split
+from models.convolution import PatchConv
+from models.resnet import ResNet
+from training import LossFn, make_loss_fn
+
+import optax_sam
+from optax_sam import implicit
+
+# `ascent(rho, num_steps, epoch_steps)` makes an ascent, None for the base optimizer.
+MakeAscent = Callable[[Any, int, int], optax.GradientTransformation | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What is perturbed, and what the clean pass goes back through.
+
+    Attributes:
+      kind: what it saves by, for the figure.
+      make_ascent: see `MakeAscent`.
+      channels: share of the output channels of each convolution that the backward of
+        the clean pass goes through.
+      examples: share of the batch that the clean pass sees.
+    """
+
+    kind: str
+    make_ascent: MakeAscent
+    channels: float = 1.0
+    examples: float = 1.0
+
+    def make_tx(
+        self,
+        base: optax.GradientTransformation,
+        rho: Any,
+        num_steps: int,
+        epoch_steps: int,
+    ) -> optax.GradientTransformation:
+        """The optimizer, for a rho that may be traced."""
+        ascent = self.make_ascent(rho, num_steps, epoch_steps)
+        return base if ascent is None else optax_sam.sharpness_aware(base, ascent)
+
+    def make_ascent_loss_fn(self, model: ResNet) -> LossFn | None:
+        """The loss of the clean pass, None if it is that of the perturbed pass."""
+        if self.channels == self.examples == 1:
+            return None
+        if self.channels < 1:
+            backward = implicit.Channels(1 - self.channels)
+            conv = partial(PatchConv, dot_general=backward.dot_general)
+            model = model.clone(conv=conv)
+        loss_fn = make_loss_fn(model)
+
+        def of_first_examples(
+            params: Any, batch: Split, batch_stats: Any, key: jax.Array
+        ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            size = max(1, round(self.examples * len(batch.labels)))
+            first = Split(*(x[:size] for x in batch))
+            return loss_fn(params, first, batch_stats, key)
+
+        return of_first_examples
+
+
+def _nowhere(rho: Any, num_steps: int, epoch_steps: int) -> None:
+    return None
+
+
+def _everywhere(
+    rho: Any, num_steps: int, epoch_steps: int
+) -> optax.GradientTransformation:
+    return optax_sam.scale_to_radius(rho)
+
+
+def only(mask: Any) -> MakeAscent:
+    """Perturbs the leaves that a mask selects, by a vector of length rho."""
+    return lambda rho, num_steps, epoch_steps: optax.chain(
+        optax_sam.perturb_only(mask), optax_sam.scale_to_radius(rho)
+    )
+
+
+def _masked(
+    link: Callable[[int, int], optax.GradientTransformation], rescale: bool
+) -> MakeAscent:
+    """Scales to rho, then masks, as in the papers; or masks, then scales."""
+
+    def make_ascent(
+        rho: Any, num_steps: int, epoch_steps: int
+    ) -> optax.GradientTransformation:
+        radius, mask = optax_sam.scale_to_radius(rho), link(num_steps, epoch_steps)
+        return optax.chain(mask, radius) if rescale else optax.chain(radius, mask)
+
+    return make_ascent
+
+
+def _fisher(sparsity: float, rescale: bool = False) -> MakeAscent:
+    return _masked(
+        lambda num_steps, epoch_steps: optax_sam.sparsify_by_fisher(
+            optax_sam.unstructured(sparsity), refresh_every=epoch_steps
+        ),
+        rescale,
+    )
+
+
+def _dynamic(sparsity: float) -> MakeAscent:
+    return _masked(
+        lambda num_steps, epoch_steps: optax_sam.sparsify_dynamically(
+            sparsity, refresh_every=epoch_steps, decay_steps=num_steps, key=0
+        ),
+        rescale=False,
+    )
+
+
+def _norms(path: str) -> bool:
+    return "Norm_" in path
+
+
+# Of a network of three stages of a block each.
+_LAST_STAGE = optax_sam.select_layers("BasicBlock_2", "Dense_0")
+_LAST_TWO = optax_sam.select_layers("BasicBlock_1", "BasicBlock_2", "Dense_0")
+# The paths of the layers outside of blocks start with their names.
+_FIRST = optax_sam.select_layers(
+    "BasicBlock_0", lambda path: path.startswith(("PatchConv", "BatchNorm"))
+)
+_NORMS = optax_sam.select_layers(_norms)
+
+SGD, SAM = "SGD", "SAM"
+CHOSEN = "layers chosen by Fisher, 50 %"  # The mask comes from a network in training.
+DENSE = "dense"
+LAYERS, CHANNELS, EXAMPLES, MASK = "layers", "channels", "examples", "mask"
+CONFIGURATIONS: Mapping[str, Configuration] = {
+    SGD: Configuration(DENSE, _nowhere),
+    SAM: Configuration(DENSE, _everywhere),
+    "last stage, head": Configuration(LAYERS, only(_LAST_STAGE)),
+    "last two stages, head": Configuration(LAYERS, only(_LAST_TWO)),
+    "stem, first stage": Configuration(LAYERS, only(_FIRST)),
+    "normalisation": Configuration(LAYERS, only(_NORMS)),
+    "half the channels": Configuration(CHANNELS, _everywhere, channels=0.5),
+    "quarter of the channels": Configuration(CHANNELS, _everywhere, channels=0.25),
+    "last two stages, half the channels": Configuration(
+        CHANNELS, only(_LAST_TWO), channels=0.5
+    ),
+    "normalisation, quarter of the channels": Configuration(
+        CHANNELS, only(_NORMS), channels=0.25
+    ),
+    "half the examples": Configuration(EXAMPLES, _everywhere, examples=0.5),
+    "quarter of the examples": Configuration(EXAMPLES, _everywhere, examples=0.25),
+    "last two stages, quarter of the examples": Configuration(
+        EXAMPLES, only(_LAST_TWO), examples=0.25
+    ),
+    "Fisher 50 %": Configuration(MASK, _fisher(0.5)),
+    "Fisher 50 %, rescaled": Configuration(MASK, _fisher(0.5, rescale=True)),
+    "Fisher 90 %": Configuration(MASK, _fisher(0.9)),
+    "Fisher 90 %, rescaled": Configuration(MASK, _fisher(0.9, rescale=True)),
+    "dynamic 50 %": Configuration(MASK, _dynamic(0.5)),
+}
