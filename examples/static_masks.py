@@ -24,7 +24,8 @@ from command_line import (
     versions,
     write_json,
 )
-from data import Dataset, Split, load_digits, normalize
+from data import Dataset, load_digits
+from layers import Chooser, layers_of
 from methods import momentum_sgd
 from models.convolution import fastest_convolution
 from models.resnet import ResNet
@@ -32,10 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from training import (
-    TrainState,
     make_evaluate,
     make_init,
-    make_scoring_loss_fn,
     make_train_steps,
     shuffled_batches,
 )
@@ -54,12 +53,12 @@ class Options:
     """
 
     sparsity: float = 0.5
-    """Share of the cost of the clean pass's gradients to leave out, at least."""
+    """Share to leave out, at least, of what the weights' gradients cost."""
     choose_every: int = 5
     """Epochs between choices of layers."""
     num_examples: int = 128
     """Training images that are scored."""
-    rho: float = 1.0
+    rho: float = 0.7
     """Radius of the perturbation of the chosen layers."""
     sam_rho: float = 0.5
     """Radius of SAM's perturbation."""
@@ -83,53 +82,6 @@ class Options:
     """Draws label noise, parameters and batches."""
     out: Path | None = None
     """Directory of the results. By default a new one in runs/."""
-
-
-class Chooser:
-    """Chooses the layers to perturb: the blocks, and the layers outside of them.
-
-    Attributes:
-      cost: FLOPs of the gradient of each layer alone, by its name.
-    """
-
-    def __init__(
-        self, options: Options, model: ResNet, dataset: Dataset, state: TrainState
-    ) -> None:
-        """Counts what the gradient of each layer costs."""
-        images, labels = (x[: options.num_examples] for x in dataset.train)
-        batch = Split(
-            normalize(jnp.asarray(images), dataset.mean, dataset.std),
-            jnp.asarray(labels),
-        )
-        loss_fn = make_scoring_loss_fn(model)
-        key = jax.random.key(0)  # Nothing is drawn in evaluation mode.
-
-        def scores(params: Any, batch_stats: Any) -> Any:
-            return optax_sam.fisher_diagonal(
-                lambda params, batch: loss_fn(params, batch, batch_stats, key),
-                params,
-                batch,
-            )
-
-        def flops(name: str) -> float:
-            def loss(layer: Any, params: Any) -> jax.Array:
-                params = {**params, name: layer}
-                return loss_fn(params, batch, state.batch_stats, key).mean()
-
-            lowered = jax.jit(jax.grad(loss)).lower(state.params[name], state.params)
-            analysis: Any = lowered.cost_analysis()
-            return float(analysis["flops"])
-
-        self._scores = jax.jit(scores)
-        self._sparsity = options.sparsity
-        # Gradients share the way back to their layers, so that those of several layers
-        # cost no more than the sum.
-        self.cost = {name: flops(name) for name in state.params}
-
-    def __call__(self, state: TrainState) -> Any:
-        """A tree of Python bools: which parameters to perturb."""
-        scores = self._scores(state.params, state.batch_stats)
-        return optax_sam.choose_layers(scores, self._sparsity, cost=self.cost)
 
 
 class Trainer:
@@ -173,11 +125,6 @@ class Trainer:
         self.state, metrics = self._programs[program](*arguments)
         metrics.loss.block_until_ready()
         self.step_seconds.append((time.perf_counter() - start) / len(indices))
-
-
-def layers_of(mask: Any) -> list[str]:
-    """Names of the layers that a mask selects."""
-    return [name for name, layer in mask.items() if any(jax.tree.leaves(layer))]
 
 
 def check(options: Options, num_examples: int) -> None:
@@ -244,14 +191,21 @@ def main(args: Sequence[str] | None = None) -> None:
         "SAM": Trainer(unmasked, model, dataset, options.seed),
     }
     sparse = trainers["static masks"]
-    choose = Chooser(options, model, dataset, sparse.state)
+    choose = Chooser(
+        model,
+        dataset,
+        sparse.state,
+        sparsity=options.sparsity,
+        num_examples=options.num_examples,
+    )
     choices = []
     for epoch in tqdm(range(options.epochs), unit="epoch"):
         if epoch % options.choose_every == 0:
             mask = choose(sparse.state)
             layers = layers_of(mask)
             choices.append({"epoch": epoch, "layers": layers})
-            tqdm.write(f"epoch {epoch + 1}: perturbs {', '.join(layers)}")
+            others = [name for name in choose.cost if name not in layers]
+            tqdm.write(f"epoch {epoch + 1}: leaves out {', '.join(others)}")
         key = jax.random.fold_in(jax.random.key(options.seed), epoch)
         indices = shuffled_batches(key, num_examples, options.batch_size)
         # In turns, so that a slow spell of the machine hits both.

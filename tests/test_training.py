@@ -1,4 +1,5 @@
 from functools import cache, partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +208,7 @@ def test_dynamic_masks_stay_after_the_training_that_they_are_made_for():
     for _ in range(8):
         state = update(state)
         masks.append(np.asarray(optax.tree.get(state, "mask")))
-    changed = [np.any(a != b) for a, b in zip(masks, masks[1:], strict=False)]
+    changed = [np.any(a != b) for a, b in pairwise(masks)]
     assert any(changed[:4])
     assert not any(changed[4:])
 

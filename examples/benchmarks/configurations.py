@@ -29,16 +29,23 @@ class Configuration:
 
     Attributes:
       kind: what it saves by, for the figure.
-      make_ascent: see `MakeAscent`.
+      make_ascent: see `MakeAscent`; None where it depends on `chosen`.
       channels: share of the output channels of each convolution that the backward of
         the clean pass goes through.
       examples: share of the batch that the clean pass sees.
+      chosen: if given, only layers of large Fisher score are perturbed, and this is the
+        share of the weights that is left out.
     """
 
     kind: str
-    make_ascent: MakeAscent
+    make_ascent: MakeAscent | None
     channels: float = 1.0
     examples: float = 1.0
+    chosen: float | None = None
+
+    def with_layers(self, mask: Any) -> "Configuration":
+        """The configuration once the layers are chosen, by a tree of bools."""
+        return dataclasses.replace(self, make_ascent=_only(mask), chosen=None)
 
     def make_tx(
         self,
@@ -48,6 +55,8 @@ class Configuration:
         epoch_steps: int,
     ) -> optax.GradientTransformation:
         """The optimizer, for a rho that may be traced."""
+        if self.make_ascent is None:
+            raise ValueError("the layers are to be chosen first, see with_layers.")
         ascent = self.make_ascent(rho, num_steps, epoch_steps)
         return base if ascent is None else optax_sam.sharpness_aware(base, ascent)
 
@@ -81,11 +90,24 @@ def _everywhere(
     return optax_sam.scale_to_radius(rho)
 
 
-def only(mask: Any) -> MakeAscent:
+def _only(mask: Any) -> MakeAscent:
     """Perturbs the leaves that a mask selects, by a vector of length rho."""
     return lambda rho, num_steps, epoch_steps: optax.chain(
         optax_sam.perturb_only(mask), optax_sam.scale_to_radius(rho)
     )
+
+
+def _at_random(mask: Any) -> MakeAscent:
+    """Perturbs these leaves as well, in a random direction: needs no gradient."""
+
+    def make_ascent(
+        rho: Any, num_steps: int, epoch_steps: int
+    ) -> optax.GradientTransformation:
+        draw = (optax.set_to_zero(), optax.add_noise(eta=1.0, gamma=0.0, key=0))
+        radius = optax_sam.scale_to_radius(rho)
+        return optax.chain(optax_sam.perturb_only(mask), *draw, radius)
+
+    return make_ascent
 
 
 def _masked(
@@ -134,29 +156,47 @@ _FIRST = optax_sam.select_layers(
 _NORMS = optax_sam.select_layers(_norms)
 
 SGD, SAM = "SGD", "SAM"
-CHOSEN = "layers chosen by Fisher, 50 %"  # The mask comes from a network in training.
 DENSE = "dense"
-LAYERS, CHANNELS, EXAMPLES, MASK = "layers", "channels", "examples", "mask"
+LAYERS, CHANNELS, EXAMPLES = "layers", "channels", "examples"
+MASK, NOISE = "mask", "noise"
 CONFIGURATIONS: Mapping[str, Configuration] = {
     SGD: Configuration(DENSE, _nowhere),
     SAM: Configuration(DENSE, _everywhere),
-    "last stage, head": Configuration(LAYERS, only(_LAST_STAGE)),
-    "last two stages, head": Configuration(LAYERS, only(_LAST_TWO)),
-    "stem, first stage": Configuration(LAYERS, only(_FIRST)),
-    "normalisation": Configuration(LAYERS, only(_NORMS)),
+    "last stage, head": Configuration(LAYERS, _only(_LAST_STAGE)),
+    "last two stages, head": Configuration(LAYERS, _only(_LAST_TWO)),
+    "stem, first stage": Configuration(LAYERS, _only(_FIRST)),
+    "normalisation": Configuration(LAYERS, _only(_NORMS)),
     "half the channels": Configuration(CHANNELS, _everywhere, channels=0.5),
     "quarter of the channels": Configuration(CHANNELS, _everywhere, channels=0.25),
     "last two stages, half the channels": Configuration(
-        CHANNELS, only(_LAST_TWO), channels=0.5
+        CHANNELS, _only(_LAST_TWO), channels=0.5
     ),
     "normalisation, quarter of the channels": Configuration(
-        CHANNELS, only(_NORMS), channels=0.25
+        CHANNELS, _only(_NORMS), channels=0.25
     ),
     "half the examples": Configuration(EXAMPLES, _everywhere, examples=0.5),
     "quarter of the examples": Configuration(EXAMPLES, _everywhere, examples=0.25),
     "last two stages, quarter of the examples": Configuration(
-        EXAMPLES, only(_LAST_TWO), examples=0.25
+        EXAMPLES, _only(_LAST_TWO), examples=0.25
     ),
+    "normalisation, quarter of the examples": Configuration(
+        EXAMPLES, _only(_NORMS), examples=0.25
+    ),
+    "layers chosen by Fisher, 50 %": Configuration(LAYERS, None, chosen=0.5),
+    "layers chosen by Fisher, 90 %": Configuration(LAYERS, None, chosen=0.9),
+    "layers chosen by Fisher, 50 %, quarter of the channels": Configuration(
+        CHANNELS, None, channels=0.25, chosen=0.5
+    ),
+    "layers chosen by Fisher, 50 %, quarter of the examples": Configuration(
+        EXAMPLES, None, examples=0.25, chosen=0.5
+    ),
+    "stem, first stage, quarter of the channels": Configuration(
+        CHANNELS, _only(_FIRST), channels=0.25
+    ),
+    "stem, first stage, quarter of the examples": Configuration(
+        EXAMPLES, _only(_FIRST), examples=0.25
+    ),
+    "stem, first stage, at random": Configuration(NOISE, _at_random(_FIRST)),
     "Fisher 50 %": Configuration(MASK, _fisher(0.5)),
     "Fisher 50 %, rescaled": Configuration(MASK, _fisher(0.5, rescale=True)),
     "Fisher 90 %": Configuration(MASK, _fisher(0.9)),

@@ -27,18 +27,15 @@ from command_line import (
 from report import plot_accuracy_over_time, print_trade_off
 
 from benchmarks.configurations import (
-    CHOSEN,
     CONFIGURATIONS,
-    LAYERS,
     SAM,
     SGD,
     Configuration,
-    only,
 )
 from benchmarks.measure import in_turns, time_ratio, timed
-from benchmarks.study import Digits, Runs
+from benchmarks.study import Digits, Runs, climb
 
-NAMES = (*CONFIGURATIONS, CHOSEN)
+NAMES = tuple(CONFIGURATIONS)
 TUNING_SEED = 1000
 SETTINGS = ("epochs", "noise", "batch_size", "learning_rate", "weight_decay", "width")
 
@@ -103,21 +100,24 @@ class Study:
     runs: Runs
 
     def configuration(self, name: str) -> Configuration:
-        """The configuration of a name; `CHOSEN` scores the layers after an SGD run."""
-        if name != CHOSEN:
-            return CONFIGURATIONS[name]
-        width = self.options.width
+        """The configuration of a name; layers are chosen once, after an SGD run."""
+        configuration = CONFIGURATIONS[name]
+        if configuration.chosen is None:
+            return configuration
+        width, sparsity = self.options.width, configuration.chosen
         state, _ = self.digits.start(CONFIGURATIONS[SGD], width, TUNING_SEED)
         structure = jax.tree.structure(state.params)
 
         def choose() -> list[bool]:
             state = self.trainer(SGD)(0.0, TUNING_SEED)
-            mask = self.digits.layers_of_large_score(state, width, TUNING_SEED, 0.5)
+            mask = self.digits.layers_of_large_score(
+                state, width, TUNING_SEED, sparsity
+            )
             leaves: list[bool] = jax.tree.leaves(mask)
             return leaves
 
-        leaves = self.runs.once(("mask",), choose)
-        return Configuration(LAYERS, only(jax.tree.unflatten(structure, leaves)))
+        leaves = self.runs.once(("mask", sparsity), choose)
+        return configuration.with_layers(jax.tree.unflatten(structure, leaves))
 
     def trainer(self, name: str) -> Callable[[float, int], Any]:
         """Makes `train(rho, seed) -> state`, compiled once."""
@@ -184,35 +184,6 @@ def _training(train: Any, state: Any, split: Any, indices: Any) -> Callable[[], 
         return seconds
 
     return turn
-
-
-def climb(
-    score: Callable[[float], float], limit: int = 10
-) -> tuple[float, dict[float, float]]:
-    """Looks for the rho of the largest score, which rises and falls once.
-
-    Starts at 0.5 and goes by factors of 2 until both neighbours score no more, then
-    tries halfway to either.
-
-    Returns:
-      The best rho, and all scores by rho. Steps further than `limit` are not taken.
-    """
-    scores: dict[int, float] = {}
-
-    def rho(place: int) -> float:
-        return round(0.5 * 2 ** (place / 2), 3)
-
-    def look(*places: int) -> int:
-        for place in places:
-            if place not in scores and abs(place) <= limit:
-                scores[place] = score(rho(place))
-        return max(scores, key=lambda place: scores[place])
-
-    best = look(0)
-    while look(best - 2, best + 2) != best:
-        best = look()
-    best = look(best - 1, best + 1)
-    return rho(best), {rho(place): scores[place] for place in sorted(scores)}
 
 
 def check(options: Options, num_examples: int) -> None:

@@ -1,4 +1,4 @@
-"""Trains configurations on the noisy digits, with rho traced: one compile for all."""
+"""The training of a study: the noisy digits, the results in a file, the best rho."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -174,3 +174,32 @@ class Digits:
     @cache  # noqa: B019
     def _evaluate(self, width: int) -> Evaluate:
         return make_evaluate(self.model(width), self.dataset(0))
+
+
+def climb(
+    score: Callable[[float], float], limit: int = 10
+) -> tuple[float, dict[float, float]]:
+    """Looks for the rho of the largest score, which rises and falls once.
+
+    Starts at 0.5 and goes by factors of 2 until both neighbours score no more, then
+    tries halfway to either.
+
+    Returns:
+      The best rho, and all scores by rho. Steps further than `limit` are not taken.
+    """
+    scores: dict[int, float] = {}
+
+    def rho(place: int) -> float:
+        return round(0.5 * 2 ** (place / 2), 3)
+
+    def look(*places: int) -> int:
+        for place in places:
+            if place not in scores and abs(place) <= limit:
+                scores[place] = score(rho(place))
+        return max(scores, key=lambda place: scores[place])
+
+    best = look(0)
+    while look(best - 2, best + 2) != best:
+        best = look()
+    best = look(best - 1, best + 1)
+    return rho(best), {rho(place): scores[place] for place in sorted(scores)}
