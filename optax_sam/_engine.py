@@ -209,7 +209,7 @@ def _read(
     used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(
         map(id, jaxpr.outvars)
     )
-    replaced = structure.flatten_up_to(epsilon)
+    replaced = jax.tree.leaves(epsilon, is_leaf=_tree.is_absent)
     return [
         g if id(v) in used else e
         for g, e, v in zip(leaves, replaced, jaxpr.invars, strict=True)

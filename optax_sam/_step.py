@@ -44,10 +44,11 @@ def value_and_update(
       has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
         only, so batch statistics never see perturbed parameters.
       ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
-        may read a cheaper gradient, such as that of layers from
-        :mod:`optax_sam.implicit`; the perturbed pass remains that of `loss_fn`. It is
-        called as `loss_fn`, and returns the same values. An optimizer that is not
-        sharpness-aware descends along its gradient.
+        may read a cheaper gradient: that of layers from :mod:`optax_sam.implicit`, or
+        of a part of the batch. The perturbed pass remains that of `loss_fn`. It is
+        called as `loss_fn` and returns the same kind of values, which are what the step
+        reports; ascents that weight examples want a loss for each one in the batch. An
+        optimizer that is not sharpness-aware descends along its gradient.
       scoring_loss_fn: Called as `loss_fn`, and returns losses `[B]` without auxiliary
         data: what :func:`sparsify_by_fisher` scores parameters by in place of
         `loss_fn`, such as those in evaluation mode.

@@ -54,14 +54,15 @@ def largest(
         """What the entries ahead of each of several points count for."""
         # Else the arithmetic on candidates is copied into the code of every leaf, and
         # the positions, which seem not to change, are kept in memory.
-        barrier = jax.lax.optimization_barrier((thresholds, ends, offsets))
+        barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
+        thresholds, ends, first = barrier((thresholds, ends, offsets))
         counts = [
-            _count(_ahead(x, p, *barrier[:2]), counter)
-            for x, p in _with_positions(keys, barrier[2])
+            _count(_ahead(x, p, thresholds, ends), counter)
+            for x, p in _with_positions(keys, first)
         ]
         return jnp.sum(_tree.stack(counts).T * weights, axis=1)
 
-    point = _settle(keys[0].dtype, counter, weigh, k)
+    point = _settle(keys[0].dtype, before[-1], weigh, k)
     masks = [
         _ahead(x, p, *point)[0] & (x > 0) & (k > 0)
         for x, p in _with_positions(keys, offsets)
@@ -144,7 +145,7 @@ def _count(conditions: list[jax.Array], counter: Any) -> jax.Array:
 
 
 def _settle(
-    key: Any, counter: Any, weigh: Callable[..., jax.Array], k: jax.Array
+    key: Any, num_entries: int, weigh: Callable[..., jax.Array], k: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The threshold and the end of the ties with it that just `k` are ahead of.
 
@@ -152,11 +153,12 @@ def _settle(
     the end is behind the last tie that less than `k` entries are ahead of. One loop
     settles the bits of both, since its body is compiled anew for every leaf.
     """
-    key_rounds, rounds = (4 * jnp.dtype(t).itemsize for t in (key, counter))
-    rounds += key_rounds
+    key_rounds = 4 * jnp.dtype(key).itemsize
+    rounds = key_rounds + (num_entries.bit_length() + 1) // 2
+    counter = k.dtype
     everything = jnp.asarray(np.iinfo(counter).max, counter)
 
-    def unsettled(carry: Any) -> jax.Array:
+    def unsettled(carry: Any) -> Any:
         i, _, _, reached = carry
         return (i < key_rounds) | ((i < rounds) & (reached != k))
 

@@ -1,5 +1,7 @@
 """What every method promises around every kind of base optimizer."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,13 @@ METHODS = {
         theta=optax.cosine_decay_schedule(1.0, 5),
         accumulator_dtype=jnp.bfloat16,
     ),
+    "sparse": lambda base: optax_sam.sparse_sam(
+        base, 0.1, optax_sam.n_m(2, 4), refresh_every=2, num_examples=8
+    ),
+    "dynamic sparse": lambda base: optax_sam.dynamic_sparse_sam(
+        base, 0.1, 0.5, refresh_every=2, decay_steps=10
+    ),
+    "reweighted": lambda base: optax_sam.rw_sam(base, 0.1, 0.05, estimator="jvp"),
     "sam on matrices": lambda base: optax_sam.sharpness_aware(
         base,
         optax.chain(
@@ -219,7 +228,20 @@ HYPERPARAMETERS = {
     optax_sam.sam: {"rho": 0.1},
     optax_sam.asam: {"rho": 0.5, "eta": 0.01},
     optax_sam.vasso: {"rho": 0.1, "theta": 0.4},
+    optax_sam.sparse_sam: {"rho": 0.1},
+    optax_sam.dynamic_sparse_sam: {"rho": 0.1, "drop_fraction": 0.5},
+    optax_sam.rw_sam: {"rho": 0.1, "strength": 0.05, "delta": 1e-3},
 }
+STATIC = {
+    optax_sam.sparse_sam: {"pattern": optax_sam.n_m(2, 4), "refresh_every": 2},
+    optax_sam.dynamic_sparse_sam: {
+        "sparsity": 0.5,
+        "refresh_every": 2,
+        "decay_steps": 10,
+    },
+}
+# Arguments with defaults that inject_hyperparams would trace.
+TRACED = ("num_examples", "chunk_size", "num_probes", "key", "rescale", "normalize")
 
 
 @pytest.mark.parametrize(
@@ -227,13 +249,17 @@ HYPERPARAMETERS = {
 )
 def test_inject_hyperparams_around_an_alias(alias):
     problem, values = problems.perceptron(), HYPERPARAMETERS[alias]
-    plain, _ = problems.train(alias(optax.sgd(0.1), **values), problem, 10)
-    tx = optax.inject_hyperparams(alias)(optax.sgd(0.1), **values)
+    static = STATIC.get(alias, {})
+    names = set(inspect.signature(alias).parameters) & {*TRACED, *static}
+    injected_alias = optax.inject_hyperparams(alias, static_args=tuple(names))
+    base = optax.sgd(0.1)
+    plain, _ = problems.train(alias(base, **values, **static), problem, 10)
+    tx = injected_alias(base, **values, **static)
     injected, opt_state = problems.train(tx, problem, 10)
     problems.assert_trees_close(injected, plain, rtol=1e-5, atol=1e-6)
-    assert set(opt_state.hyperparams) == set(values)
+    assert set(values) <= set(opt_state.hyperparams)
     constant = {name: optax.constant_schedule(v) for name, v in values.items()}
-    tx = optax.inject_hyperparams(alias)(optax.sgd(0.1), **constant)
+    tx = injected_alias(base, **constant, **static)
     scheduled, _ = problems.train(tx, problem, 10)
     problems.assert_trees_close(scheduled, plain, rtol=1e-5, atol=1e-6)
 

@@ -393,3 +393,47 @@ def test_zero_gradient_takes_the_step_of_the_base():
     _, updates, state = step(params, tx.init(params))
     np.testing.assert_array_equal(updates, jnp.zeros(3))
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_the_ascent_reads_the_gradient_of_its_own_loss():
+    """And the perturbed pass that of loss_fn; auxiliary data are the clean pass's."""
+
+    def loss_fn(w, batch, scale):
+        return scale * jnp.sum((w[None] - batch) ** 2, -1) / 2, "of loss_fn"
+
+    def ascent_loss_fn(w, batch, scale):
+        # Another gradient, (0, 1), and another number of examples.
+        return loss_fn(w, batch, scale)[0][:1] * 0 + w[1], jnp.float32(7)
+
+    tx = optax_sam.sam(optax.sgd(1.0), rho=0.5)
+    step = optax_sam.value_and_update(
+        loss_fn, tx, has_aux=True, ascent_loss_fn=ascent_loss_fn
+    )
+    w, batch = jnp.array([3.0, 4.0]), jnp.array([[1.0, 1.0], [1.0, 3.0]])
+    (value, aux), updates, _ = jax.jit(step)(w, tx.init(w), batch, 2.0)
+    assert (value, aux) == (4.0, 7.0)
+    # The gradient at (3, 4.5) of both examples, whose mean is (1, 2), times the scale.
+    np.testing.assert_allclose(updates, [-4.0, -5.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["loss_fn", "ascent_loss_fn", "scoring_loss_fn"])
+def test_losses_that_are_no_functions(name):
+    functions = {"loss_fn": PROBLEM.loss_fn, name: 3}
+    with pytest.raises(TypeError, match=f"value_and_update: {name} must be a function"):
+        optax_sam.value_and_update(tx=optax.sgd(0.1), **functions)
+
+
+def test_a_base_gets_no_scoring_loss_it_does_not_name():
+    seen = []
+
+    def update(updates, state, params, **extra_args):
+        seen.append(extra_args)
+        return updates, state
+
+    base = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    step = optax_sam.value_and_update(
+        PROBLEM.loss_fn, optax_sam.sam(base, 0.1), scoring_loss_fn=PROBLEM.loss_fn
+    )
+    step(PROBLEM.params, optax_sam.sam(base, 0.1).init(PROBLEM.params), PROBLEM.batch)
+    assert "value" in seen[0]
+    assert "scoring_loss_fn" not in seen[0]

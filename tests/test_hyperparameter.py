@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_sam._hyperparameter import as_schedule
+from optax_sam._hyperparameter import (
+    as_key,
+    as_schedule,
+    check_choice,
+    check_integer,
+    key_at,
+    key_data,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +66,55 @@ def test_refuses_schedules_that_return_no_scalar(value):
     schedule = as_schedule("method", "rho", lambda count: value)
     with pytest.raises(ValueError, match="the schedule rho must return a scalar, got"):
         schedule(0)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), jnp.int32(3), np.array(3)])
+def test_integers(value):
+    assert check_integer("method", "count", value, low=1) == 3
+
+
+@pytest.mark.parametrize("value", [3.0, True, None, "3", jnp.ones(2, int), [3]])
+def test_what_is_no_integer(value):
+    with pytest.raises(TypeError, match=r"^method: count must be an integer >= 1, got"):
+        check_integer("method", "count", value, low=1)
+
+
+def test_integers_out_of_range_and_traced():
+    with pytest.raises(ValueError, match=r"^method: count = 0 is out of range.* >= 1"):
+        check_integer("method", "count", 0, low=1)
+    assert jax.jit(lambda n: check_integer("m", "n", n, low=1) + 1)(-5) == -4
+
+
+def test_choices():
+    check_choice("method", "by", "a", ("a", "b"))
+    for value in ("c", None, 0):
+        with pytest.raises(ValueError, match=r"^method: by = .* pass 'a' or 'b'"):
+            check_choice("method", "by", value, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [7, np.int32(7), jnp.int32(7), jax.random.key(7), jax.random.PRNGKey(7)],
+    ids=["int", "numpy", "jax", "typed", "data"],
+)
+def test_keys_of_any_form(key):
+    typed = as_key("method", key)
+    np.testing.assert_array_equal(key_data(typed), jax.random.PRNGKey(7))
+    step = jax.random.fold_in(jax.random.key(7), 3)
+    drawn = key_at(typed, key_data(typed), jnp.int32(3))
+    assert jax.random.bits(drawn) == jax.random.bits(step)
+
+
+def test_keys_of_another_generator():
+    typed = as_key("method", jax.random.key(7, impl="rbg"))
+    step = jax.random.fold_in(typed, 3)
+    drawn = key_at(typed, key_data(typed), jnp.int32(3))
+    assert jax.random.bits(drawn) == jax.random.bits(step)
+
+
+@pytest.mark.parametrize(
+    "key", [0.5, None, "seed", True, jnp.ones(2), jax.random.split(jax.random.key(0))]
+)
+def test_what_is_no_key(key):
+    with pytest.raises(TypeError, match=r"^method: key must be an integer or one PRNG"):
+        as_key("method", key)

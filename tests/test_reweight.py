@@ -11,8 +11,7 @@ import test_cost
 from benchmarks import step_cost
 
 import optax_sam
-from optax_sam import _reweight
-from optax_sam._reweight import reweight_by_sharpness
+from optax_sam import _reweight, reweight_by_sharpness
 
 
 def rw_sam(base, rho=0.1, strength=1.0, key=0, **kwargs):
@@ -494,11 +493,6 @@ def cost(monkeypatch):
     return of
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sharpness_aware computes the clean gradient, which nobody reads, to check "
-    "that it is finite: two thirds of a base step",
-)
 @pytest.mark.parametrize(
     ("estimator", "bound"), [("finite_difference", 2.35), ("jvp", 2.75)]
 )

@@ -105,3 +105,125 @@ def test_frozen_parameters_neither_move_nor_are_perturbed():
         moved = np.any(np.asarray(updates[name]) != 0)
         perturbed = np.any(np.asarray(seen[-1][name] != problem.params[name]))
         assert moved == perturbed == trained[name], name
+
+
+PARAMS = {
+    "stem": {"conv": {"kernel": jnp.ones((2, 3))}, "norm": {"scale": jnp.ones(3)}},
+    "Dense_1": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+    "Dense_10": {"kernel": jnp.ones((2, 2))},
+}
+
+
+def selected(mask, tree=PARAMS):
+    paths = jax.tree.leaves_with_path(mask)
+    assert jax.tree.structure(mask) == jax.tree.structure(tree)
+    assert {type(keep) for _, keep in paths} == {bool}
+    simple = {"simple": True, "separator": "/"}
+    return {jax.tree_util.keystr(p, **simple) for p, keep in paths if keep}
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (["stem"], {"stem/conv/kernel", "stem/norm/scale"}),
+        (["Dense_1"], {"Dense_1/kernel", "Dense_1/bias"}),
+        (["stem/norm", "bias"], {"stem/norm/scale", "Dense_1/bias"}),
+        ([lambda path: path.endswith("kernel") and "stem" not in path],
+         {"Dense_1/kernel", "Dense_10/kernel"}),
+        ([], set()),
+    ],
+)  # fmt: skip
+def test_layers_are_selected_by_path(layers, expected):
+    assert selected(optax_sam.select_layers(*layers)(PARAMS)) == expected
+
+
+def test_layers_of_lists_and_of_nnx_variables():
+    @jax.tree_util.register_pytree_with_keys_class
+    class Variable:
+        def __init__(self, value):
+            self.value = value
+
+        def tree_flatten_with_keys(self):
+            return [(jax.tree_util.GetAttrKey("value"), self.value)], None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    tree = {"blocks": [{"kernel": 1.0}, {"kernel": 2.0}]}
+    wrapped = jax.tree.map(Variable, tree)
+    for params in (tree, wrapped):
+        last = optax_sam.select_layers("blocks/1/kernel")(params)
+        assert jax.tree.leaves(last) == [False, True]
+    assert jax.tree.leaves(
+        optax_sam.select_layers(lambda path: path == "blocks/0/kernel")(wrapped)
+    ) == [True, False]
+
+
+def test_names_that_are_nowhere():
+    with pytest.raises(
+        ValueError, match=r"no parameter .*'Dense_2'.*Dense_1, Dense_10"
+    ):
+        optax_sam.select_layers("Dense_2")(PARAMS)
+    with pytest.raises(TypeError, match="select_layers: got 3"):
+        optax_sam.select_layers(3)
+
+
+def scores(**values):
+    return {name: {"w": jnp.full(size, v)} for name, (size, v) in values.items()}
+
+
+def test_layers_are_chosen_by_mean_score_within_the_budget():
+    of = scores(a=(6, 1.0), b=(4, 3.0), c=(8, 2.0), d=(2, 0.5))  # 20 weights.
+    for sparsity, expected in [
+        (0.0, "abcd"),
+        (0.05, "abc"),
+        (0.4, "bc"),
+        (0.5, "ba"),  # c has no room beside b, a has.
+        (0.7, "bd"),
+        (0.8, "b"),
+        (1.0, ""),
+    ]:
+        mask = optax_sam.choose_layers(of, sparsity)
+        assert selected(mask, of) == {f"{name}/w" for name in expected}, sparsity
+
+
+def test_leaves_with_a_parent_in_common_are_one_layer():
+    tree = {
+        "a": {"w": jnp.ones(6), "b": jnp.full(2, 9.0)},
+        "c": {"w": jnp.full(8, 2.9)},
+    }
+    assert selected(optax_sam.choose_layers(tree, 0.5), tree) == {"a/w", "a/b"}
+
+
+def test_costs_change_rank_and_budget():
+    of = scores(a=(6, 1.0), b=(4, 3.0), c=(8, 2.0))  # Sums 6, 12 and 16.
+    cost = {"a": 1.0, "b": 3.0, "c": 4.0}
+    assert selected(optax_sam.choose_layers(of, 0.5, cost=cost), of) == {"a/w", "b/w"}
+    free = {"a": 0.0, "b": 1.0, "c": 1.0}
+    assert selected(optax_sam.choose_layers(of, 1.0, cost=free), of) == {"a/w"}
+
+
+def test_a_chosen_mask_can_be_perturbed_by():
+    mask = optax_sam.choose_layers(scores(a=(6, 1.0), b=(4, 3.0)), 0.5)
+    out = apply(mask, tree=scores(a=(6, 1.0), b=(4, 3.0)))
+    assert out["a"]["w"] == ABSENT
+    assert out["b"]["w"].shape == (4,)
+    assert hash(tuple(jax.tree.leaves(mask))) == hash((False, True))
+
+
+def test_scores_and_costs_that_no_mask_can_be_made_of():
+    of = scores(a=(6, 1.0), b=(4, 3.0))
+    with pytest.raises(TypeError, match=r"scores\['a'\]\['w'\] is traced"):
+        jax.jit(lambda s: optax_sam.choose_layers(s, 0.5))(of)
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        optax_sam.choose_layers(scores(a=(2, np.nan)), 0.5)
+    with pytest.raises(ValueError, match=r"costs must be finite and >= 0.*-1"):
+        optax_sam.choose_layers(of, 0.5, cost={"a": -1.0, "b": 1.0})
+    with pytest.raises(ValueError, match="cost does not fit the scores"):
+        optax_sam.choose_layers(of, 0.5, cost={"a": 1.0})
+    with pytest.raises(ValueError, match=r"room for a cost of 1, .* costs 4"):
+        optax_sam.choose_layers(of, 0.9)
+    with pytest.raises(ValueError, match="sparsity = 2 is out of range"):
+        optax_sam.choose_layers(of, 2)
+    assert optax_sam.choose_layers({}, 0.5) == {}

@@ -10,8 +10,7 @@ import problems
 import pytest
 
 import optax_sam
-from optax_sam import _reweight
-from optax_sam._reweight import reweight_by_sharpness
+from optax_sam import _reweight, reweight_by_sharpness
 
 pytestmark = pytest.mark.usefixtures("x64")
 DIMENSION, EXAMPLES, RHO = 4, 5, 0.1
