@@ -10,10 +10,11 @@ import optax_sam
 PROBLEM = problems.perceptron()
 GRADS = jax.grad(problems.mean_loss(PROBLEM))(PROBLEM.params)
 ABSENT = optax.MaskedNode()
+PATTERN = optax_sam.n_m(1, 2)  # The one that compiles fastest.
 
 
 def make(pattern=None, refresh_every=3, **options):
-    pattern = optax_sam.unstructured(0.5) if pattern is None else pattern
+    pattern = PATTERN if pattern is None else pattern
     return optax_sam.sparsify_by_fisher(pattern, refresh_every=refresh_every, **options)
 
 
@@ -51,7 +52,7 @@ def test_keeps_the_updates_of_largest_fisher_information(pattern):
 
 
 def test_masks_are_made_anew_every_so_many_steps_and_from_the_first():
-    pattern, link = optax_sam.unstructured(0.5), make(refresh_every=3)
+    pattern, link = PATTERN, make(refresh_every=3)
     state = link.init(PROBLEM.params)
     first = fisher_mask(PROBLEM.params, pattern)
     second = fisher_mask(elsewhere(), pattern)
@@ -64,7 +65,7 @@ def test_masks_are_made_anew_every_so_many_steps_and_from_the_first():
 
 
 def test_scores_the_first_examples_only():
-    pattern = optax_sam.unstructured(0.5)
+    pattern = PATTERN
     _, state = update(make(num_examples=4))
     expected = fisher_mask(PROBLEM.params, pattern, num_examples=4)
     problems.assert_trees_equal(state.mask, expected)
@@ -104,16 +105,14 @@ def test_value_and_update_passes_the_scoring_loss_and_all_arguments():
     def scoring_loss_fn(params, batch, scale):
         return PROBLEM.loss_fn(jax.tree.map(lambda p: p * scale, params), batch)
 
-    tx = optax_sam.sparse_sam(
-        optax.sgd(0.1), 0.1, optax_sam.unstructured(0.5), refresh_every=3
-    )
+    tx = optax_sam.sparse_sam(optax.sgd(0.1), 0.1, PATTERN, refresh_every=3)
     step = optax_sam.value_and_update(loss_fn, tx, scoring_loss_fn=scoring_loss_fn)
     state = tx.init(PROBLEM.params)
     _, _, state = jax.jit(step)(PROBLEM.params, state, PROBLEM.batch, scale)
     fisher = optax_sam.fisher_diagonal(
         lambda p, b: scoring_loss_fn(p, b, scale), PROBLEM.params, PROBLEM.batch
     )
-    expected = optax_sam.unstructured(0.5)(fisher)
+    expected = PATTERN(fisher)
     problems.assert_trees_equal(optax.tree.get(state, "mask"), expected)
 
 
@@ -151,9 +150,7 @@ def test_absent_leaves_are_neither_scored_nor_counted():
 
 
 def test_a_bad_gradient_neither_perturbs_nor_counts():
-    tx = optax_sam.sparse_sam(
-        optax.sgd(0.1), 0.1, optax_sam.unstructured(0.5), refresh_every=2
-    )
+    tx = optax_sam.sparse_sam(optax.sgd(0.1), 0.1, PATTERN, refresh_every=2)
     seen = []
     before = tx.init(PROBLEM.params)
     bad = GRADS | {"b0": GRADS["b0"].at[0].set(np.nan)}
