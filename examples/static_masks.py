@@ -54,7 +54,7 @@ class Options:
 
     sparsity: float = 0.5
     """Share to leave out, at least, of what the weights' gradients cost."""
-    choose_every: int = 5
+    choose_every: int = 10
     """Epochs between choices of layers."""
     num_examples: int = 128
     """Training images that are scored."""

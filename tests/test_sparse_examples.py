@@ -140,9 +140,9 @@ def test_the_study_refuses_bad_options_in_one_line(capsys, options, message):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("peak", [0.08, 0.5, 0.7, 1.4, 5.0])
-def test_climbing_finds_the_peak_between_lower_neighbours(peak):
-    best, scores = study.climb(lambda rho: -abs(math.log(rho / peak)))
+@pytest.mark.parametrize("peak", [0.09, 0.5, 0.7, 1.4, 5.0, 11.0])
+def test_the_best_rho_lies_between_worse_neighbours(peak):
+    best, scores = study.best_rho(lambda rho: 1 - 0.1 * abs(math.log2(rho / peak)))
     assert abs(math.log2(best / peak)) <= 0.25
     rhos = list(scores)
     assert rhos == sorted(rhos)
@@ -150,10 +150,15 @@ def test_climbing_finds_the_peak_between_lower_neighbours(peak):
     assert scores[best] == max(scores.values())
 
 
-def test_climbing_ends_at_the_limit():
-    best, scores = study.climb(lambda rho: rho, limit=4)
-    assert best == 2.0
-    assert len(scores) == 5
+def test_no_larger_rho_is_tried_after_a_collapse():
+    best, scores = study.best_rho(lambda rho: rho if rho < 3 else 0.1)
+    assert best == 2.828
+    assert list(scores) == [0.25, 0.5, 1.0, 1.414, 2.0, 2.828, 4.0]
+
+
+def test_the_search_ends_at_its_limits():
+    assert study.best_rho(lambda rho: rho, high=6)[0] == 4.0
+    assert study.best_rho(lambda rho: 1 / rho, low=-6)[0] == 0.062
 
 
 def test_every_configuration_has_an_ascent_but_sgd():

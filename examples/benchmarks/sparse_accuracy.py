@@ -33,7 +33,7 @@ from benchmarks.configurations import (
     Configuration,
 )
 from benchmarks.measure import in_turns, time_ratio, timed
-from benchmarks.study import Digits, Runs, climb
+from benchmarks.study import Digits, Runs, best_rho
 
 NAMES = tuple(CONFIGURATIONS)
 TUNING_SEED = 1000
@@ -153,7 +153,9 @@ class Study:
         tuning = range(TUNING_SEED, TUNING_SEED + self.options.tuning_seeds)
         rho, valid = 0.0, dict[float, float]()
         if name != SGD:
-            rho, valid = climb(lambda r: float(np.mean(accuracies(r, tuning)["valid"])))
+            rho, valid = best_rho(
+                lambda r: float(np.mean(accuracies(r, tuning)["valid"]))
+            )
         final = accuracies(rho, range(self.options.seeds))
         kind = self.configuration(name).kind
         return {"kind": kind, "rho": rho, "valid_accuracy_of_rho": valid, **final}

@@ -176,30 +176,40 @@ class Digits:
         return make_evaluate(self.model(width), self.dataset(0))
 
 
-def climb(
-    score: Callable[[float], float], limit: int = 10
+def best_rho(
+    score: Callable[[float], float], low: int = -6, high: int = 10
 ) -> tuple[float, dict[float, float]]:
-    """Looks for the rho of the largest score, which rises and falls once.
+    """Looks for the rho of the largest score.
 
-    Starts at 0.5 and goes by factors of 2 until both neighbours score no more, then
-    tries halfway to either.
+    From 0.25 on rho doubles, until the score falls below 0.6 of the best one, as it
+    does where training collapses. It is halved while the smallest is the best. Then
+    comes what is halfway to the neighbours of the best.
+
+    Args:
+      score: the function to maximise.
+      low: the smallest rho to try is 0.5 * 2 ** (low / 2), for an even number.
+      high: and the largest is 0.5 * 2 ** (high / 2).
 
     Returns:
-      The best rho, and all scores by rho. Steps further than `limit` are not taken.
+      The best rho, and all scores by rho.
     """
     scores: dict[int, float] = {}
 
     def rho(place: int) -> float:
         return round(0.5 * 2 ** (place / 2), 3)
 
-    def look(*places: int) -> int:
-        for place in places:
-            if place not in scores and abs(place) <= limit:
-                scores[place] = score(rho(place))
+    def look(place: int) -> int:
+        if place not in scores and low <= place <= high:
+            scores[place] = score(rho(place))
         return max(scores, key=lambda place: scores[place])
 
-    best = look(0)
-    while look(best - 2, best + 2) != best:
-        best = look()
-    best = look(best - 1, best + 1)
+    place, best = -2, look(-2)
+    while place < high and scores[place] >= 0.6 * scores[best]:
+        place += 2
+        best = look(place)
+    while best == min(scores) and best > low:
+        best = look(best - 2)
+    for neighbour in (best - 1, best + 1):
+        look(neighbour)
+    best = look(best)
     return rho(best), {rho(place): scores[place] for place in sorted(scores)}
