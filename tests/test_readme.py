@@ -13,7 +13,8 @@ import pytest
 import optax_sam
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-LINEN, NNX, COMPOSING, BY_HAND = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LINEN, NNX, COMPOSING, BY_HAND, CHEAPER = CODE
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
 
 
@@ -58,6 +59,22 @@ def test_composing_and_by_hand():
     }
     exec(BY_HAND, scope)
     assert problems.norm(scope["updates"]) > 0
+
+
+def test_cheaper_steps():
+    scope = {}
+    exec(LINEN + CHEAPER, scope)
+    params, batch, tx = scope["params"], scope["batch"], scope["tx"]
+    # The names and parameters of the layers are those of the dense model.
+    sparse = scope["sparse_model"].apply(params, batch["x"])
+    dense = scope["model"].apply(params, batch["x"])
+    np.testing.assert_array_equal(sparse, dense)
+    opt_state = tx.init(params)
+    value, updates, _ = scope["step"](params, opt_state, batch)
+    quarter = scope["ascent_loss_fn"](params, batch)
+    assert quarter.shape == (16,)
+    np.testing.assert_allclose(value, quarter.mean(), rtol=1e-5)
+    assert problems.norm(updates) > 0
 
 
 def test_two_commands():
