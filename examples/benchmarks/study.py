@@ -177,7 +177,7 @@ class Digits:
 
 
 def best_rho(
-    score: Callable[[float], float], low: int = -6, high: int = 10
+    score: Callable[[float], float], low: int = -6, high: int = 14
 ) -> tuple[float, dict[float, float]]:
     """Looks for the rho of the largest score.
 
