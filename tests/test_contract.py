@@ -63,7 +63,14 @@ BASES = {
 }
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+# Every base with two methods, and every method with the bases that ask the most.
+PAIRS = [
+    pytest.param(METHODS[method], BASES[base], id=f"{method}-{base}")
+    for method in METHODS
+    for base in BASES
+    if method in ("sam", "vasso") or base in ("adamw", "needs value", "prng key")
+]
+every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
 
 
 def structure_of(tree):
@@ -84,8 +91,7 @@ def make_step(tx, problem):
     return take
 
 
-@every_base
-@every_method
+@every_pair
 def test_state_is_stable_and_nothing_recompiles(method, base):
     problem = problems.perceptron()
     tx = method(base())
@@ -104,8 +110,7 @@ def test_state_is_stable_and_nothing_recompiles(method, base):
     jax.eval_shape(lambda: problems.train(tx, problem, 2))
 
 
-@every_base
-@every_method
+@every_pair
 def test_unknown_extra_arguments_are_accepted(method, base):
     problem = problems.perceptron()
     tx = method(base())
