@@ -235,7 +235,7 @@ def main(args: Sequence[str] | None = None) -> None:
         plot_accuracy_over_time(
             rows,
             ratios,
-            f"{title}, timed at {width}",
+            title.replace(": ", f", timed at width {width}:\n"),
             directory / f"accuracy-{width}.png",
         )
     print(f"Results in {directory}")
