@@ -1,5 +1,6 @@
-"""What the scripts share: checks of options, errors in one line, where results go."""
+"""What the scripts share: options, their checks, one-line errors, where results go."""
 
+import dataclasses
 import json
 import platform
 import sys
@@ -13,6 +14,30 @@ from typing import Any
 import jax
 
 import optax_sam
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyDigits:
+    """The options of a training on the digits with label noise."""
+
+    epochs: int = 40
+    """Passes over the 1,025 training images."""
+    noise: float = 0.6
+    """Share of the training labels that are replaced by another class."""
+    batch_size: int = 64
+    """Images of a step."""
+    learning_rate: float = 0.1
+    """At the start; it falls to 0 along a cosine."""
+    weight_decay: float = 3e-3
+    """L2 penalty of all parameters, the same for all methods."""
+    stages: tuple[int, ...] = (1, 1, 1)
+    """Blocks in each stage of the ResNet."""
+    width: int = 8
+    """Channels of the first stage, which double in each stage."""
+    dropout: float = 0.0
+    """Dropout rate on the features before the last layer."""
+    out: Path | None = None
+    """Directory of the results. By default a new one in runs/."""
 
 
 @contextmanager

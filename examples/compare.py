@@ -3,13 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import optax
 import tyro
 from command_line import (
+    NoisyDigits,
     check_training,
     make_run_directory,
     one_line_errors,
@@ -34,7 +34,7 @@ from training import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NoisyDigits):
     """Compares methods on the digits with label noise, and shows what a step costs.
 
     A small ResNet learns scikit-learn's digits, some of whose training labels are
@@ -49,26 +49,8 @@ class Options:
     ] = ("sgd", "sam", "vasso")
     seeds: int = 5
     """Number of seeds; each draws the label noise, the parameters and the batches."""
-    epochs: int = 40
-    """Passes over the 1,025 training images."""
-    noise: float = 0.6
-    """Share of the training labels that are replaced by another class."""
-    batch_size: int = 64
-    """Images of a step."""
-    learning_rate: float = 0.1
-    """At the start; it falls to 0 along a cosine."""
-    weight_decay: float = 3e-3
-    """L2 penalty of all parameters, the same for all methods."""
-    stages: tuple[int, ...] = (1, 1, 1)
-    """Blocks in each stage of the ResNet."""
-    width: int = 8
-    """Channels of the first stage, which double in each stage."""
-    dropout: float = 0.0
-    """Dropout rate on the features before the last layer."""
     hyperparameters: tuple[str, ...] = ()
     """Changes such as rho=0.1, for every method that has one, or vasso.theta=0.2."""
-    out: Path | None = None
-    """Directory of the results. By default a new one in runs/."""
 
 
 class Contestant:

@@ -1,6 +1,6 @@
 """Layers of a network, scored by Fisher information and chosen by score and cost."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,39 @@ from training import TrainState, make_scoring_loss_fn
 import optax_sam
 
 
+def make_score(
+    model: nn.Module, dataset: Dataset, num_examples: int
+) -> Callable[[TrainState], Any]:
+    """Makes `score(state)`, the Fisher information of each parameter, compiled.
+
+    Args:
+      model: called as `model(images, train=...)`.
+      dataset: its first training images are scored.
+      num_examples: how many images are scored.
+    """
+    images, labels = (jnp.asarray(x[:num_examples]) for x in dataset.train)
+    batch = Split(normalize(images, dataset.mean, dataset.std), labels)
+    loss_fn = make_scoring_loss_fn(model)
+
+    def score(params: Any, batch_stats: Any) -> Any:
+        # Nothing is drawn in evaluation mode: any key will do.
+        key = jax.random.key(0)
+        return optax_sam.fisher_diagonal(
+            lambda params, batch: loss_fn(params, batch, batch_stats, key),
+            params,
+            batch,
+        )
+
+    compiled = jax.jit(score)
+    return lambda state: compiled(state.params, state.batch_stats)
+
+
 class Chooser:
     """Chooses the layers to perturb, each a convolution, normalisation or head.
 
     Attributes:
-      cost: multiplications in the gradient of each layer's weights, by its path; they
-        are what the clean pass saves by leaving the layer out.
+      cost: multiplications in the gradient of each layer's weights for an image, by
+        its path; they are what the clean pass saves by leaving the layer out.
     """
 
     def __init__(
@@ -39,25 +66,12 @@ class Chooser:
           sparsity: share of the cost to leave out, at least.
           num_examples: how many images are scored.
         """
-        images, labels = (x[:num_examples] for x in dataset.train)
-        images = normalize(jnp.asarray(images), dataset.mean, dataset.std)
-        batch = Split(images, jnp.asarray(labels))
-        loss_fn = make_scoring_loss_fn(model)
-
-        def scores(params: Any, batch_stats: Any) -> Any:
-            # Nothing is drawn in evaluation mode: any key will do.
-            key = jax.random.key(0)
-            return optax_sam.fisher_diagonal(
-                lambda params, batch: loss_fn(params, batch, batch_stats, key),
-                params,
-                batch,
-            )
-
-        self._scores = jax.jit(scores)
+        self._score = make_score(model, dataset, num_examples)
         self._sparsity = sparsity
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         run = partial(model.apply, train=False, capture_intermediates=True)
-        outputs = jax.eval_shape(run, variables, images)[1]["intermediates"]
+        image = jnp.zeros_like(dataset.train.images[:1], jnp.float32)
+        outputs = jax.eval_shape(run, variables, image)[1]["intermediates"]
         self._cost = jax.tree.map_with_path(
             partial(_gradient_cost, outputs), state.params, is_leaf=_is_layer
         )
@@ -67,7 +81,7 @@ class Chooser:
 
     def __call__(self, state: TrainState) -> Any:
         """A tree of Python bools: which parameters to perturb."""
-        scores = self._scores(state.params, state.batch_stats)
+        scores = self._score(state)
         return optax_sam.choose_layers(scores, self._sparsity, cost=self._cost)
 
 

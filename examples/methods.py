@@ -37,7 +37,7 @@ METHODS: Mapping[str, partial[Any]] = {
     "sam": partial(optax_sam.sam, rho=0.5),
     "vasso": partial(optax_sam.vasso, rho=0.5, theta=0.9),
     "asam": partial(optax_sam.asam, rho=3.0),
-    # A new mask each epoch, at 16 steps of 64 digits.
+    # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
     "sparse_sam": partial(_sparse_sam, rho=0.7, sparsity=0.5, refresh_every=16),
     "dynamic_sparse_sam": partial(
         optax_sam.dynamic_sparse_sam,
@@ -144,8 +144,6 @@ def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
             values[name] = number_type(value)
         except ValueError:
             raise ValueError(
-                f"{assignment!r} has no "
-                f"{'whole ' if number_type is int else ''}number after '='; write "
-                f"for example "
-                f"{target}={values[name]}."
+                f"{assignment!r} has no {'whole ' if number_type is int else ''}number "
+                f"after '='; write for example {target}={values[name]}."
             ) from None

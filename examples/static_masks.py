@@ -8,7 +8,6 @@ kept, in case its mask returns.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 import tyro
 from command_line import (
+    NoisyDigits,
     check_training,
     make_run_directory,
     one_line_errors,
@@ -43,7 +43,7 @@ import optax_sam
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NoisyDigits):
     """Trains on the noisy digits with static masks that are chosen anew now and then.
 
     At the start and after every few epochs all layers are scored by their Fisher
@@ -62,26 +62,8 @@ class Options:
     """Radius of the perturbation of the chosen layers."""
     sam_rho: float = 0.5
     """Radius of SAM's perturbation."""
-    epochs: int = 40
-    """Passes over the 1,025 training images."""
-    noise: float = 0.6
-    """Share of the training labels that are replaced by another class."""
-    batch_size: int = 64
-    """Images of a step."""
-    learning_rate: float = 0.1
-    """At the start; it falls to 0 along a cosine."""
-    weight_decay: float = 3e-3
-    """L2 penalty of all parameters."""
-    stages: tuple[int, ...] = (1, 1, 1)
-    """Blocks in each stage of the ResNet."""
-    width: int = 8
-    """Channels of the first stage, which double in each stage."""
-    dropout: float = 0.0
-    """Dropout rate on the features before the last layer."""
     seed: int = 0
     """Draws label noise, parameters and batches."""
-    out: Path | None = None
-    """Directory of the results. By default a new one in runs/."""
 
 
 class Trainer:
@@ -158,18 +140,13 @@ def print_results(figures: dict[str, Any]) -> None:
     )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the training that the command line asks for."""
-    options = tyro.cli(Options, args=args)
-    with one_line_errors():
-        dataset = load_digits(options.noise, options.seed)
-        num_examples = len(dataset.train.labels)
-        check(options, num_examples)
-        num_steps = options.epochs * (num_examples // options.batch_size)
-        base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
-        sam = optax_sam.scale_to_radius(options.sam_rho)
-        radius = optax_sam.scale_to_radius(options.rho)
-        directory = make_run_directory(options.out, "static-masks")
+def make_trainers(
+    options: Options, dataset: Dataset
+) -> tuple[ResNet, Trainer, Trainer]:
+    """The network, in training with static masks and with SAM."""
+    num_steps = options.epochs * (len(dataset.train.labels) // options.batch_size)
+    base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
+    radius = optax_sam.scale_to_radius(options.rho)
     model = ResNet(
         stage_sizes=options.stages,
         num_classes=dataset.num_classes,
@@ -184,20 +161,18 @@ def main(args: Sequence[str] | None = None) -> None:
         return optax_sam.sharpness_aware(base, ascent)
 
     def unmasked(mask: Any) -> optax.GradientTransformation:
-        return optax_sam.sharpness_aware(base, sam)
+        return optax_sam.sam(base, options.sam_rho)
 
-    trainers = {
-        "static masks": Trainer(masked, model, dataset, options.seed),
-        "SAM": Trainer(unmasked, model, dataset, options.seed),
-    }
-    sparse = trainers["static masks"]
-    choose = Chooser(
-        model,
-        dataset,
-        sparse.state,
-        sparsity=options.sparsity,
-        num_examples=options.num_examples,
+    sparse, sam = (
+        Trainer(make_tx, model, dataset, options.seed) for make_tx in (masked, unmasked)
     )
+    return model, sparse, sam
+
+
+def train(
+    options: Options, choose: Chooser, sparse: Trainer, sam: Trainer, num_examples: int
+) -> list[dict[str, Any]]:
+    """Trains both, and returns which layers were chosen when."""
     choices = []
     for epoch in tqdm(range(options.epochs), unit="epoch"):
         if epoch % options.choose_every == 0:
@@ -210,28 +185,44 @@ def main(args: Sequence[str] | None = None) -> None:
         indices = shuffled_batches(key, num_examples, options.batch_size)
         # In turns, so that a slow spell of the machine hits both.
         sparse.train_epoch(mask, indices, key)
-        trainers["SAM"].train_epoch(True, indices, key)
+        sam.train_epoch(True, indices, key)
+    return choices
 
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the training that the command line asks for."""
+    options = tyro.cli(Options, args=args)
+    with one_line_errors():
+        dataset = load_digits(options.noise, options.seed)
+        num_examples = len(dataset.train.labels)
+        check(options, num_examples)
+        model, sparse, sam = make_trainers(options, dataset)
+        directory = make_run_directory(options.out, "static-masks")
+    choose = Chooser(
+        model,
+        dataset,
+        sparse.state,
+        sparsity=options.sparsity,
+        num_examples=options.num_examples,
+    )
+    choices = train(options, choose, sparse, sam, num_examples)
     evaluate = make_evaluate(model, dataset)
-    seconds = [np.array(trainer.step_seconds) for trainer in trainers.values()]
+    ratio = np.array(sparse.step_seconds) / np.array(sam.step_seconds)
     figures = {
         "choices": choices,
         "cost": choose.cost,
-        "step_time_over_sam": float(np.median(seconds[0] / seconds[1])),
+        "step_time_over_sam": float(np.median(ratio)),
         "methods": {
             name: {
                 "test_accuracy": float(evaluate(trainer.state, dataset.test).accuracy),
                 "step_seconds": float(np.median(trainer.step_seconds)),
                 "programs": trainer.num_programs,
             }
-            for name, trainer in trainers.items()
+            for name, trainer in {"static masks": sparse, "SAM": sam}.items()
         },
     }
-    settings = dataclasses.asdict(options)
-    write_json(
-        directory / "results.json",
-        {"settings": settings, "versions": versions(), **figures},
-    )
+    settings = {"settings": dataclasses.asdict(options), "versions": versions()}
+    write_json(directory / "results.json", settings | figures)
     print_results(figures)
     print(f"Results in {directory / 'results.json'}")
 

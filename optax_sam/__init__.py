@@ -1,7 +1,15 @@
 """Sharpness-aware training as composable Optax gradient transformations."""
 
 from optax_sam._adaptive import AdaptToScaleState, adapt_to_scale
-from optax_sam._alias import asam, dynamic_sparse_sam, rw_sam, sam, sparse_sam, vasso
+from optax_sam._alias import (
+    asam,
+    dynamic_sparse_sam,
+    m_sam,
+    rw_sam,
+    sam,
+    sparse_sam,
+    vasso,
+)
 from optax_sam._dynamic import SparsifyDynamicallyState, sparsify_dynamically
 from optax_sam._engine import SharpnessAwareState, sharpness_aware
 from optax_sam._fisher import fisher_diagonal
@@ -28,6 +36,7 @@ __all__ = [
     "choose_layers",
     "dynamic_sparse_sam",
     "fisher_diagonal",
+    "m_sam",
     "n_m",
     "perturb_only",
     "reweight_by_sharpness",

@@ -8,7 +8,7 @@ import optax
 from optax_sam._adaptive import adapt_to_scale
 from optax_sam._dynamic import sparsify_dynamically
 from optax_sam._engine import sharpness_aware
-from optax_sam._hyperparameter import ScalarOrSchedule
+from optax_sam._hyperparameter import ScalarOrSchedule, check_integer
 from optax_sam._pattern import Pattern
 from optax_sam._radius import scale_to_radius
 from optax_sam._reweight import reweight_by_sharpness
@@ -61,6 +61,73 @@ def sam(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     return sharpness_aware(base, scale_to_radius(rho))
+
+
+def m_sam(
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    micro_batch_size: int,
+    *,
+    micro_batches_at_once: int | None = 1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""m-SAM: SAM in which every micro-batch of :math:`m` examples ascends for itself.
+
+    .. math::
+      \varepsilon_j = \rho \, \frac{\nabla f_{I_j}(w_t)}{\|\nabla f_{I_j}(w_t)\|},
+      \qquad w_{t+1} = w_t + \text{base}\Big(
+        \frac{1}{k} \sum_{j=1}^{k} \nabla f_{I_j}(w_t + \varepsilon_j)\Big)
+
+    The result does not depend on how many devices hold the batch; :math:`m = B` is SAM.
+    A step costs two gradients, and through :func:`value_and_update` one forward pass
+    more, which is that of the whole batch, for the value and the auxiliary data.
+
+    Args:
+      base: The optimizer that moves the parameters.
+      rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
+        base itself. A scalar, or a schedule of the count of steps.
+      micro_batch_size: The number :math:`m` of examples, which must divide the batch.
+      micro_batches_at_once: How many micro-batches are computed side by side; the
+        others wait. None for all. More take more memory, each the size of the
+        parameters a few times; the result is the same, up to rounding.
+
+    Returns:
+      The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
+      the arguments of its update, their shapes and what they raise. Update needs
+      `loss_fn` and `batch`.
+
+    Raises:
+      TypeError: If `base` is no transformation, `rho` no real scalar or schedule, or
+        a size or number no integer.
+      ValueError: If `rho` is negative, not finite or no scalar, or a size or number
+        less than 1.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.m_sam(optax.sgd(0.1), rho=0.5, micro_batch_size=2)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params, batch = jnp.zeros(2), jnp.ones((4, 2))
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(3):
+      ...     value, updates, opt_state = step(params, opt_state, batch)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{value:.3f}")
+      2.000
+      1.064
+      0.526
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+    return sharpness_aware(
+        base,
+        scale_to_radius(rho),
+        micro_batch_size=check_integer(
+            "m_sam", "micro_batch_size", micro_batch_size, low=1, static=True
+        ),
+        micro_batches_at_once=micro_batches_at_once,
+    )
 
 
 def asam(

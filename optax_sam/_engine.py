@@ -9,17 +9,24 @@ Nothing here knows a method: each is an ascent, an ordinary gradient transformat
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _protocol, _tree
+from optax_sam import _micro_batch, _protocol
+from optax_sam._hyperparameter import check_integer
+from optax_sam._passes import Ascended, Passes, two_passes
 
 
 def sharpness_aware(
-    base: optax.GradientTransformation, ascent: optax.GradientTransformation
+    base: optax.GradientTransformation,
+    ascent: optax.GradientTransformation,
+    *,
+    micro_batch_size: int | None = None,
+    micro_batches_at_once: int | None = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descends along the gradient at the point that an ascent leads to.
 
@@ -32,7 +39,8 @@ def sharpness_aware(
     with :func:`optax.chain`.
 
     A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
-    ascent's state as it was. What the base then does with the gradient at :math:`w` is
+    ascent's state as it was; of an ascent that takes a gradient of its own, what it
+    makes of that counts. What the base then does with the gradient at :math:`w` is
     up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
     the ascent count the ascents that were made.
 
@@ -42,10 +50,30 @@ def sharpness_aware(
     `optax.MultiSteps(sharpness_aware(...), k)` descends along the last of `k`
     gradients, and inside `optax.masked` the step is refused.
 
+    With `micro_batch_size` this is m-SAM: the micro-batches :math:`I_1, \dots, I_k` of
+    a batch ascend each for itself, and the base descends along the mean,
+
+    .. math::
+      \frac{1}{k} \sum_{j=1}^{k} \nabla f_{I_j}(w_t + \varepsilon_{t,j}), \qquad
+      \varepsilon_{t,j} = \text{ascent}(\nabla f_{I_j}(w_t))
+
+    whatever the number of devices that hold the batch. All of them start from the
+    ascent's state before the step, which then advances once, along the mean of the
+    clean gradients: a moving average is that of the whole batch, and so are the scores
+    of :func:`sparsify_by_fisher`. A micro-batch has only its own examples for batch
+    normalisation.
+
     Args:
       base: The optimizer that moves the parameters, any Optax transformation.
       ascent: The transformation of the clean gradient into :math:`\varepsilon`, such as
         :func:`optax_sam.scale_to_radius`.
+      micro_batch_size: Examples of a micro-batch, which must divide the batch; None for
+        the whole batch. Neighbours along the first axis of the batch's leaves make up a
+        micro-batch.
+      micro_batches_at_once: How many micro-batches are computed side by side, by
+        `jax.vmap`; the others wait, in `jax.lax.scan`, and take no memory. None for
+        all. It changes nothing but rounding. Where devices share a batch, choose a
+        multiple of their number.
 
     Returns:
       A transformation whose update is called as
@@ -56,7 +84,8 @@ def sharpness_aware(
       * `loss_fn` and `batch`: `loss_fn(params, batch)` returns the losses of the
         examples, shape `[B]`, or their mean as a scalar.
       * `grad_fn`: optional, `grad_fn(params)` replaces the gradient of the mean of
-        `loss_fn` in the perturbed pass; then `loss_fn` is not needed.
+        `loss_fn` in the perturbed pass; then `loss_fn` is not needed. Not with
+        `micro_batch_size`, which also leaves `grads` unread.
       * `losses`, `pullback`: optional, the clean losses `[B]` and the function
         `weights[B] -> gradient of sum(weights * losses)`, for ascents that weight
         examples.
@@ -67,11 +96,12 @@ def sharpness_aware(
       the dtypes that the base gives them.
 
     Raises:
-      TypeError: If `base` or `ascent` is no transformation; in init and update, if a
-        parameter is not real floating point or `loss_fn` cannot be called or returns
-        no array.
-      ValueError: In update, if `params`, or `loss_fn` and `batch` as well as `grad_fn`,
-        are missing, or if losses or gradients have the wrong shape.
+      TypeError: If `base` or `ascent` is no transformation, or a number of
+        micro-batches or their size no integer; in init and update, if a parameter is
+        not real floating point or `loss_fn` cannot be called or returns no array.
+      ValueError: If a size or number is less than 1; in update, if `params`, or
+        `loss_fn` and `batch` as well as `grad_fn`, are missing, if losses or gradients
+        have the wrong shape, or if the batch cannot be cut into micro-batches.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -88,10 +118,16 @@ def sharpness_aware(
 
     References:
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
-      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, also for m-SAM
     """
     base = _protocol.as_transformation("base", base)
     ascent = _protocol.as_transformation("ascent", ascent)
+    for name, value in (
+        ("micro_batch_size", micro_batch_size),
+        ("micro_batches_at_once", micro_batches_at_once),
+    ):
+        if value is not None:
+            check_integer("sharpness_aware", name, value, low=1, static=True)
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         _protocol.check_parameters(params)
@@ -117,22 +153,54 @@ def sharpness_aware(
                 f"{type(state).__name__}; start from tx.init(params) of this very "
                 "transformation."
             )
+        if micro_batch_size is not None and grad_fn is not None:
+            raise ValueError(
+                "sharpness_aware: with micro_batch_size each micro-batch has a "
+                "gradient of its own, which grad_fn(params) cannot give; pass loss_fn "
+                "and batch in its place."
+            )
         gradient_at = _protocol.gradient_function(loss_fn, batch, grad_fn)
         extra_args |= _protocol.given(
             batch, loss_fn=loss_fn, grad_fn=grad_fn, losses=losses, pullback=pullback
         )
 
-        def ascend(gradient: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
-            new: tuple[optax.Updates, optax.OptState] = ascent.update(
-                gradient, state.ascent_state, params, **extra_args
+        def ascend(gradient: optax.Updates, **others: Any) -> Ascended:
+            ascended: Ascended = ascent.update(
+                gradient, state.ascent_state, params, **(extra_args | others)
             )
-            return new
+            return ascended
 
-        epsilon, ascent_state = _ascend_if_finite(ascend, updates, state.ascent_state)
-        gradient = gradient_at(_perturb(params, epsilon))
-        _protocol.check_gradient("grad_fn(params)", gradient, params)
+        def over_micro_batch(micro_batch: Any) -> Passes:
+            clean_fn = extra_args.get("ascent_loss_fn", loss_fn)
+            losses, pullback = _protocol.pass_over(micro_batch, clean_fn, params)
+            return two_passes(
+                partial(
+                    ascend,
+                    batch=micro_batch,
+                    losses=losses,
+                    pullback=pullback,
+                    scoring_batch=batch,
+                ),
+                pullback(_protocol.uniform_weights(losses)),
+                params,
+                _protocol.gradient_function(loss_fn, micro_batch, None),
+            )[0]
+
+        if micro_batch_size is None or _micro_batch.is_whole(batch, micro_batch_size):
+            passes, ascent_state = two_passes(ascend, updates, params, gradient_at)
+        else:
+            micro_batches = _micro_batch.split(
+                batch, micro_batch_size, micro_batches_at_once
+            )
+            passes = _micro_batch.mean(over_micro_batch, micro_batches, params)
+            _, ascent_state = ascend(passes.clean_gradient)
+        ascent_state = jax.tree.map(
+            lambda new, old: jnp.where(passes.finite, new, old),
+            ascent_state,
+            state.ascent_state,
+        )
         updates, base_state = base.update(
-            gradient,
+            passes.gradient,
             state.base_state,
             params,
             **_protocol.accepted(base.update, extra_args, withhold=_protocol.ARGUMENTS),
@@ -152,66 +220,3 @@ class SharpnessAwareState(NamedTuple):
 
     ascent_state: optax.OptState
     base_state: optax.OptState
-
-
-def _perturb(params: optax.Params, epsilon: optax.Updates) -> optax.Params:
-    """Adds the leaves of `epsilon` that are present, in the parameters' dtypes."""
-
-    def add(e: Any, p: Any) -> Any:
-        return p if _tree.is_absent(e) else p + jnp.asarray(e, jnp.result_type(p))
-
-    return jax.tree.map(add, epsilon, params, is_leaf=_tree.is_absent)
-
-
-def _ascend_if_finite(
-    ascend: Callable[[optax.Updates], tuple[optax.Updates, optax.OptState]],
-    gradient: optax.Updates,
-    old_state: optax.OptState,
-) -> tuple[optax.Updates, optax.OptState]:
-    """Ascends; where the gradient is not finite, by zero and with the old state."""
-    epsilon, new_state = ascend(gradient)
-    finite = _tree.all_finite(_read(ascend, gradient, epsilon))
-    epsilon = _tree.map_present(lambda e: _zero_unless(finite, e), epsilon)
-    state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), new_state, old_state
-    )
-    return epsilon, state
-
-
-def _zero_unless(condition: jax.Array, e: Any) -> jax.Array:
-    """Zeros unless a scalar condition holds.
-
-    By a mask of bits: where a float is selected, XLA may fuse the product that scales
-    it with the addition to the parameters, rounding once for two. Whether it does
-    depends on what else is in the chain, and a mask of ones would not be SAM exactly.
-    """
-    e = jnp.asarray(e)
-    unsigned = jnp.dtype(f"uint{8 * e.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(e, unsigned) & -condition.astype(unsigned)
-    return jax.lax.bitcast_convert_type(bits, e.dtype)
-
-
-def _read(
-    ascend: Callable[[optax.Updates], Any],
-    gradient: optax.Updates,
-    epsilon: optax.Updates,
-) -> list[jax.Array]:
-    """The leaves of the gradient that the ascent reads, and of epsilon for the others.
-
-    To look at a leaf that the ascent leaves unread, since a static mask drops it or a
-    gradient of its own replaces it, would make XLA compute it; one that is dropped
-    after an average or a norm has read it must be looked at.
-    """
-    leaves, structure = jax.tree.flatten(gradient)
-    jaxpr = jax.make_jaxpr(lambda *g: ascend(jax.tree.unflatten(structure, g)))(
-        *leaves
-    ).jaxpr
-    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(
-        map(id, jaxpr.outvars)
-    )
-    replaced = jax.tree.leaves(epsilon, is_leaf=_tree.is_absent)
-    return [
-        g if id(v) in used else e
-        for g, e, v in zip(leaves, replaced, jaxpr.invars, strict=True)
-        if id(v) in used or not _tree.is_absent(e)
-    ]

@@ -63,7 +63,7 @@ def fisher_diagonal(
 
     def loss(params: optax.Params, example: Any) -> jax.Array:
         losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
-        return check_per_example("fisher_diagonal", losses, 1)[0]
+        return _protocol.check_per_example("fisher_diagonal", losses, 1)[0]
 
     def add_squares(total: chex.ArrayTree, examples: Any) -> chex.ArrayTree:
         gradients = jax.vmap(jax.grad(loss), (None, 0))(params, examples)
@@ -111,7 +111,7 @@ def fisher_from_probes(
     Returns:
       A tree like the parameters, in float32 or wider.
     """
-    check_per_example("fisher_from_probes", losses, losses.size)
+    _protocol.check_per_example("fisher_from_probes", losses)
     n = min(num_examples, losses.size)
 
     def probe(key: jax.Array) -> chex.ArrayTree:
@@ -154,18 +154,6 @@ def first_examples(owner: str, batch: Any, num_examples: Any) -> Any:
     if num_examples is not None:
         n = min(n, check_integer(owner, "num_examples", num_examples, low=1))
     return jax.tree.map(lambda x: x[:n], batch)
-
-
-def check_per_example(owner: str, losses: Any, size: int) -> jax.Array:
-    """Returns the losses of `size` examples, or refuses what is none."""
-    checked = _protocol.check_losses(losses)
-    if checked.shape != (size,):
-        raise ValueError(
-            f"{owner}: needs the loss of each example, shape [{size}] for {size} "
-            f"example(s), and loss_fn returned shape {list(checked.shape)}; leave the "
-            "mean over the batch out of it."
-        )
-    return checked
 
 
 def _zeros(p: Any) -> Any:

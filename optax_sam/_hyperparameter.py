@@ -84,8 +84,10 @@ def _checked_schedule(
     return checked
 
 
-def check_integer(owner: str, name: str, value: Any, low: int | None = None) -> Any:
-    """Returns an integer, which may be traced, or refuses it."""
+def check_integer(
+    owner: str, name: str, value: Any, low: int | None = None, *, static: bool = False
+) -> Any:
+    """Returns an integer, or refuses it; unless it is static, an array will do."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     is_integer = (
         jnp.issubdtype(jnp.result_type(value), jnp.integer) and not np.shape(value)
@@ -93,7 +95,7 @@ def check_integer(owner: str, name: str, value: Any, low: int | None = None) -> 
         else isinstance(value, int) and not isinstance(value, bool)
     )
     at_least = "" if low is None else f" >= {low}"
-    if not is_integer:
+    if not is_integer or (static and isinstance(value, jax.Array)):
         raise TypeError(
             f"{owner}: {name} must be an integer{at_least}, got {value!r} of type "
             f"{type(value).__name__}; under optax.inject_hyperparams name it in "

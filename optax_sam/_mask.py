@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _tree
+from optax_sam import _protocol, _tree
 
 
 def apply(mask: chex.ArrayTree, updates: optax.Updates) -> optax.Updates:
@@ -40,20 +40,15 @@ def refresh_if(
 
 def check(name: str, mask: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     """Returns a mask that has the structure and shapes of `like`, or refuses it."""
-    expected, got = jax.tree.structure(like), jax.tree.structure(mask)
-    if got != expected:  # type: ignore[operator]
-        raise ValueError(
-            f"{name} must be a tree of masks like the parameters, {expected}; got "
-            f"{got}. Start from init(params) of this very transformation, and let a "
-            "pattern map over the scores with jax.tree.map."
-        )
-    for (path, x), m in zip(
-        jax.tree.leaves_with_path(like), jax.tree.leaves(mask), strict=True
-    ):
-        if jnp.shape(m) != jnp.shape(x) or jnp.result_type(m) != jnp.bool_:
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} is of shape {jnp.shape(m)} and "
-                f"dtype {jnp.result_type(m)}, its parameter of shape {jnp.shape(x)}; a "
-                "mask has one bool for each parameter."
+    remedy = (
+        "A mask has one bool for each parameter: start from init(params) of this very "
+        "transformation, and let a pattern map over the scores with jax.tree.map."
+    )
+    _protocol.check_like(name, mask, like, remedy)
+    for path, m in jax.tree.leaves_with_path(mask):
+        if jnp.result_type(m) != jnp.bool_:
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {jnp.result_type(m)}. "
+                f"{remedy}"
             )
     return mask

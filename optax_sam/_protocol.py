@@ -12,9 +12,14 @@ losses, pullback
     The clean losses `[B]`, and `pullback(weights[B])`, the gradient of
     `sum(weights * losses)` at `params`. Where given, nothing runs the clean forward
     pass again.
-scoring_loss_fn
+scoring_loss_fn, scoring_batch
     `scoring_loss_fn(params, batch)` gives losses `[B]` to score parameters by, such as
-    those in evaluation mode; without it, `loss_fn` does.
+    those in evaluation mode; without it, `loss_fn` does. They are those of
+    `scoring_batch`, or else of `batch`: a micro-batch that ascends for itself shares
+    its scores with the others.
+ascent_loss_fn
+    `ascent_loss_fn(params, batch)` gives the losses whose gradient the clean pass of a
+    micro-batch takes; without it, `loss_fn` does.
 """
 
 import functools
@@ -29,7 +34,16 @@ import optax
 from optax_sam import _tree
 
 ARGUMENTS = frozenset(
-    {"loss_fn", "batch", "grad_fn", "losses", "pullback", "scoring_loss_fn"}
+    {
+        "loss_fn",
+        "batch",
+        "grad_fn",
+        "losses",
+        "pullback",
+        "scoring_loss_fn",
+        "scoring_batch",
+        "ascent_loss_fn",
+    }
 )
 MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
 
@@ -121,22 +135,40 @@ def check_parameters(params: optax.Params | None) -> None:
             )
 
 
-def check_gradient(name: str, gradient: optax.Updates, params: optax.Params) -> None:
-    """Refuses a gradient whose tree structure or shapes are not the parameters'."""
-    expected, got = jax.tree.structure(params), jax.tree.structure(gradient)
+def check_per_example(owner: str, losses: Any, size: int | None = None) -> jax.Array:
+    """Returns losses of single examples, of `size` of them if given, or refuses."""
+    checked = check_losses(losses)
+    if checked.ndim == 0 or size not in (None, checked.size):
+        raise ValueError(
+            f"{owner}: needs the loss of each example, shape [{size or 'B'}], and "
+            f"loss_fn returned shape {list(checked.shape)}; leave the mean over the "
+            "batch out of it."
+        )
+    return checked
+
+
+def check_like(name: str, tree: Any, params: optax.Params, remedy: str) -> None:
+    """Refuses a tree whose structure or shapes are not the parameters'."""
+    expected, got = jax.tree.structure(params), jax.tree.structure(tree)
     if got != expected:  # type: ignore[operator]
         raise ValueError(
             f"{name} must have the tree structure of params, {expected}; got {got}. "
-            "Take the gradient with respect to the same tree that is passed as params."
+            f"{remedy}"
         )
-    for (path, p), g in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(gradient), strict=True
+    for (path, p), x in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(tree), strict=True
     ):
-        if jnp.shape(p) != jnp.shape(g):
+        if jnp.shape(p) != jnp.shape(x):
             raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(g)}, its "
-                f"parameter {jnp.shape(p)}; pass one gradient entry per parameter."
+                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, its "
+                f"parameter {jnp.shape(p)}. {remedy}"
             )
+
+
+def check_gradient(name: str, gradient: optax.Updates, params: optax.Params) -> None:
+    """Refuses a gradient whose tree structure or shapes are not the parameters'."""
+    remedy = "Take the gradient with respect to the same tree that is passed as params."
+    check_like(name, gradient, params, remedy)
 
 
 def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
@@ -172,12 +204,19 @@ def require(owner: str, **arguments: Any) -> None:
             )
 
 
-def linearise(
-    loss_fn: Any, params: optax.Params, batch: Any
-) -> tuple[jax.Array, Callable[[jax.Array], optax.Updates]]:
-    """The losses at `params`, and `weights -> gradient of sum(weights * losses)`."""
-    losses, vjp = jax.vjp(lambda p: check_losses(loss_fn(p, batch)), params)
-    return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0]
+def linearise(losses_fn: Any, params: optax.Params, has_aux: bool = False) -> Any:
+    """The losses at `params`, and `weights -> gradient of sum(weights * losses)`.
+
+    With `has_aux`, auxiliary data come third.
+    """
+    differentiate: Any = jax.vjp  # Its type does not allow for either of two.
+    losses, vjp, *aux = differentiate(losses_fn, params, has_aux=has_aux)
+    return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0], *aux
+
+
+def pass_over(batch: Any, loss_fn: Any, params: optax.Params) -> Any:
+    """The losses of a batch and their pullback, as :func:`linearise` gives them."""
+    return linearise(lambda p: check_losses(loss_fn(p, batch)), params)
 
 
 def uniform_weights(losses: jax.Array) -> jax.Array:
@@ -218,8 +257,9 @@ def gradient_function(
     loss_fn = checked("loss_fn", loss_fn, "params", "batch")
 
     def mean_gradient(params: optax.Params) -> optax.Updates:
-        losses, pullback = linearise(loss_fn, params, batch)
-        return pullback(uniform_weights(losses))
+        losses, pullback = pass_over(batch, loss_fn, params)
+        gradient: optax.Updates = pullback(uniform_weights(losses))
+        return gradient
 
     return mean_gradient
 

@@ -85,14 +85,12 @@ def reweight_by_sharpness(
     owner = "reweight_by_sharpness"
     strength_at = as_schedule(owner, "strength", strength)
     delta_at = as_schedule(owner, "delta", delta, low=1e-37)
-    statics = ("num_probes", num_probes, int), ("normalize", normalize, bool)
-    for argument, value, kind in statics:
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"{owner}: {argument} must be of type {kind.__name__}, got {value!r}; "
-                "under optax.inject_hyperparams name it in static_args."
-            )
-    check_integer(owner, "num_probes", num_probes, low=1)
+    num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
+    if not isinstance(normalize, bool):
+        raise TypeError(
+            f"{owner}: normalize must be True or False, got {normalize!r}; under "
+            "optax.inject_hyperparams name it in static_args."
+        )
     check_choice(owner, "estimator", estimator, ("finite_difference", "jvp"))
     seed = as_key(owner, key)
 
@@ -118,46 +116,27 @@ def reweight_by_sharpness(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightBySharpnessState]:
         del extra_args
-        losses_at = _losses_function(params, loss_fn, batch)
+        _protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
+        loss_fn = _protocol.checked("loss_fn", loss_fn, "params", "batch")
+
+        def losses_at(params: optax.Params) -> jax.Array:
+            return _protocol.check_per_example(owner, loss_fn(params, batch))
+
         if losses is None or pullback is None:
-            clean, vjp = jax.vjp(losses_at, params)
-            pullback = lambda weights: vjp(weights)[0]  # noqa: E731
-        else:
-            clean = losses
-        wide = _tree.accumulator_dtype(clean.dtype)
-        size = delta_at(state.count)
-        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
-        marks = map(_tree.is_absent, jax.tree.leaves(updates, is_leaf=_tree.is_absent))
-        probed = [i for i, absent in enumerate(marks) if not absent]
-        x = [leaves[i] for i in probed]
-
-        def losses_of(x: list[jax.Array]) -> jax.Array:
-            merged = dict(enumerate(leaves)) | dict(zip(probed, x, strict=True))
-            return losses_at(jax.tree.unflatten(structure, merged.values()))
-
-        def derivative(z: list[jax.Array]) -> jax.Array:
-            near = jax.tree.map(lambda a, b: a + b * size.astype(b.dtype), x, z)
-            change = losses_of(near).astype(wide) - clean.astype(wide)
-            return change / size.astype(wide)
-
-        if estimator == "jvp":  # Its primal part is the clean pass: XLA shares it.
-            derivative = jax.linearize(losses_of, x)[1]
-        step_key = key_at(seed, state.key, state.count)
-
-        def slopes_along_signs(probe: jax.Array | int) -> jax.Array:
-            probe_key = jax.random.fold_in(step_key, probe)
-            # A key per position: leaves that are absent change no other's signs.
-            keys = [jax.random.fold_in(probe_key, i) for i in probed]
-            return derivative(jax.tree.map(_signs, keys, x)).astype(wide)
-
-        if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
-            slopes = slopes_along_signs(0)[None]
-        else:
-            slopes = jax.lax.map(slopes_along_signs, jnp.arange(num_probes))
-        uniform = _protocol.uniform_weights(clean).astype(wide)
-        strength = strength_at(state.count).astype(wide)
+            losses, pullback = _protocol.linearise(losses_at, params)
+        slopes = _slopes(
+            losses_at,
+            params,
+            losses,
+            updates,
+            key_at(seed, state.key, state.count),
+            None if estimator == "jvp" else delta_at(state.count),
+            num_probes,
+        )
+        uniform = _protocol.uniform_weights(losses).astype(slopes.dtype)
+        strength = strength_at(state.count).astype(slopes.dtype)
         weights, mean = _gibbs(slopes, strength, uniform, normalize)
-        gradient = pullback(weights.astype(clean.dtype))
+        gradient = pullback(weights.astype(losses.dtype))
         gradient = _tree.map_present(lambda _, g: g, updates, gradient)
         return gradient, ReweightBySharpnessState(
             key=state.key,
@@ -190,28 +169,48 @@ class ReweightBySharpnessState(NamedTuple):
     mean_directional_norm: jax.Array
 
 
-def _losses_function(params: Any, loss_fn: Any, batch: Any) -> Callable[..., jax.Array]:
-    """The losses of the examples as a function of params; or says what is missing."""
-    given = _protocol.given(batch, params=params, loss_fn=loss_fn)
-    for argument in ("params", "loss_fn", "batch"):
-        if argument not in given:
-            raise ValueError(
-                f"reweight_by_sharpness: {argument} is missing, and the weights need "
-                "losses near params; call tx.update(grads, state, params, loss_fn=..., "
-                "batch=...), or use optax_sam.value_and_update."
-            )
-    loss_fn = _protocol.checked("loss_fn", loss_fn, "params", "batch")
+def _slopes(
+    losses_at: Callable[[optax.Params], jax.Array],
+    params: optax.Params,
+    clean: jax.Array,
+    updates: optax.Updates,
+    key: jax.Array,
+    delta: Any,
+    num_probes: int,
+) -> jax.Array:
+    """Derivatives of the losses along random signs, [probes, B]; exact without delta.
 
-    def losses_at(params: optax.Params) -> jax.Array:
-        losses = _protocol.check_losses(loss_fn(params, batch))
-        if losses.ndim == 0:
-            raise ValueError(
-                "reweight_by_sharpness: loss_fn returns a scalar, but the method needs "
-                "per-example losses; return shape [B], without the mean."
-            )
-        return losses
+    Only the leaves that are present in `updates` are moved.
+    """
+    wide = _tree.accumulator_dtype(clean.dtype)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+    marks = map(_tree.is_absent, jax.tree.leaves(updates, is_leaf=_tree.is_absent))
+    probed = [i for i, absent in enumerate(marks) if not absent]
+    x = [leaves[i] for i in probed]
 
-    return losses_at
+    def losses_of(x: list[jax.Array]) -> jax.Array:
+        merged = dict(enumerate(leaves)) | dict(zip(probed, x, strict=True))
+        return losses_at(jax.tree.unflatten(structure, merged.values()))
+
+    def difference(z: list[jax.Array]) -> Any:
+        near = jax.tree.map(lambda a, b: a + b * delta.astype(b.dtype), x, z)
+        change = losses_of(near).astype(wide) - clean.astype(wide)
+        return change / delta.astype(wide)
+
+    derivative = difference
+    if delta is None:  # The primal part is the clean pass: XLA shares it.
+        derivative = jax.linearize(losses_of, x)[1]
+
+    def slopes_along_signs(probe: jax.Array | int) -> Any:
+        probe_key = jax.random.fold_in(key, probe)
+        # A key per position: leaves that are absent change no other's signs.
+        keys = [jax.random.fold_in(probe_key, i) for i in probed]
+        return derivative(jax.tree.map(_signs, keys, x)).astype(wide)
+
+    if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
+        return jnp.expand_dims(slopes_along_signs(0), 0)
+    slopes: jax.Array = jax.lax.map(slopes_along_signs, jnp.arange(num_probes))
+    return slopes
 
 
 def _gibbs(

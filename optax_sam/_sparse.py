@@ -1,5 +1,6 @@
 """Sparse SAM with masks from Fisher information, SSAM-F (arXiv 2210.05177)."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -53,9 +54,7 @@ def sparsify_by_fisher(
         `"probes"` for the gradients of randomly signed sums of losses, which needs no
         gradient of a single example and, without a scoring loss, no forward pass.
       chunk_size: Examples whose gradients are in memory at once, for `"per_example"`.
-      num_probes: Draws of signs, for `"probes"`; one backward pass each. With 4 draws
-        19 of 20 entries are those of the exact mask at a sparsity of 0.5, 4 of 5 at 0.9
-        (ResNet-18 at its initialisation, narrow, 32 examples).
+      num_probes: Draws of signs to average over, for `"probes"`, each a backward pass.
       key: An int or JAX PRNG key, for `"probes"`.
 
     Returns:
@@ -64,7 +63,8 @@ def sparsify_by_fisher(
       (:func:`perturb_only`) are neither scored nor counted.
 
     Raises:
-      TypeError: If `pattern` is no function, or a count no integer.
+      TypeError: If `pattern` is no function, or a count no integer; in update, if the
+        pattern makes no bools.
       ValueError: If a count is less than 1 or `estimator` unknown; in update, if
         `params`, or `loss_fn` and `batch`, are missing, if losses are not per example,
         or if the pattern's masks do not fit.
@@ -93,10 +93,7 @@ def sparsify_by_fisher(
             f"optax_sam.unstructured(0.5); got {pattern!r}."
         )
     refresh_every = check_integer(owner, "refresh_every", refresh_every, low=1)
-    num_examples = check_integer(owner, "num_examples", num_examples, low=1)
-    chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1)
-    num_probes = check_integer(owner, "num_probes", num_probes, low=1)
-    check_choice(owner, "estimator", estimator, ("per_example", "probes"))
+    fisher = _estimator(owner, estimator, num_examples, chunk_size, num_probes)
     seed = as_key(owner, key)
 
     def init_fn(params: optax.Params) -> SparsifyByFisherState:
@@ -114,34 +111,25 @@ def sparsify_by_fisher(
         loss_fn: Any = None,
         batch: Any = _protocol.MISSING,
         scoring_loss_fn: Any = None,
+        scoring_batch: Any = _protocol.MISSING,
         losses: Any = None,
         pullback: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SparsifyByFisherState]:
         del extra_args
-        score_fn = loss_fn if scoring_loss_fn is None else scoring_loss_fn
-        _protocol.require(owner, params=params, loss_fn=score_fn, batch=batch)
-        score_fn = _protocol.checked("loss_fn", score_fn, "params", "batch")
+        clean = losses, pullback
+        if scoring_loss_fn is not None:
+            loss_fn, clean = scoring_loss_fn, (None, None)
+        if scoring_batch is not _protocol.MISSING:
+            batch, clean = scoring_batch, (None, None)
+        _protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
+        loss_fn = _protocol.checked("loss_fn", loss_fn, "params", "batch")
         _mask.check(f"{owner}: state.mask", state.mask, params)
 
-        def fisher() -> chex.ArrayTree:
-            if estimator == "per_example":
-                return _fisher.fisher_diagonal(
-                    score_fn,
-                    params,
-                    batch,
-                    num_examples=num_examples,
-                    chunk_size=chunk_size,
-                )
-            clean = losses, pullback
-            if scoring_loss_fn is not None or losses is None or pullback is None:
-                examples = _fisher.first_examples(owner, batch, num_examples)
-                clean = _protocol.linearise(score_fn, params, examples)
-            draws = key_at(seed, state.key, state.count)
-            return _fisher.fisher_from_probes(*clean, num_examples, num_probes, draws)
-
         def new_mask() -> chex.ArrayTree:
-            scores = _mask.present(fisher(), updates)
+            draws = key_at(seed, state.key, state.count)
+            fisher_diagonal = fisher(loss_fn, params, batch, clean, draws)
+            scores = _mask.present(fisher_diagonal, updates)
             return _mask.check(f"{owner}: pattern(scores)", pattern(scores), scores)
 
         due = state.count % refresh_every == 0
@@ -164,3 +152,39 @@ class SparsifyByFisherState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]
     mask: chex.ArrayTree
     key: jax.Array
+
+
+def _estimator(
+    owner: str, estimator: Any, num_examples: Any, chunk_size: Any, num_probes: Any
+) -> Callable[..., chex.ArrayTree]:
+    """The function of the losses, at the parameters, that scores the parameters."""
+    check_choice(owner, "estimator", estimator, ("per_example", "probes"))
+    num_examples = check_integer(
+        owner, "num_examples", num_examples, low=1, static=True
+    )
+    chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1, static=True)
+    num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
+
+    def per_example(
+        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any
+    ) -> chex.ArrayTree:
+        del clean, key
+        return _fisher.fisher_diagonal(
+            loss_fn, params, batch, num_examples=num_examples, chunk_size=chunk_size
+        )
+
+    def probes(
+        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any
+    ) -> chex.ArrayTree:
+        losses, pullback = clean
+        if losses is None or pullback is None:
+            examples = _fisher.first_examples(owner, batch, num_examples)
+            losses, pullback = _protocol.linearise(
+                lambda p: _protocol.check_per_example(owner, loss_fn(p, examples)),
+                params,
+            )
+        return _fisher.fisher_from_probes(
+            losses, pullback, num_examples, num_probes, key
+        )
+
+    return per_example if estimator == "per_example" else probes

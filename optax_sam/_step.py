@@ -94,10 +94,9 @@ def value_and_update(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
         _protocol.check_parameters(params)
-        losses, vjp, aux = jax.vjp(lambda p: clean_fn(p, *args), params, has_aux=True)
-
-        def pullback(weights: jax.Array) -> optax.Updates:
-            return vjp(jnp.asarray(weights, losses.dtype))[0]
+        losses, pullback, aux = _protocol.linearise(
+            lambda p: clean_fn(p, *args), params, has_aux=True
+        )
 
         def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
             first = 1 if args else 0
@@ -120,6 +119,8 @@ def value_and_update(
         }
         if scoring_loss_fn is not None:
             extra_args["scoring_loss_fn"] = of_batch(score_fn)
+        if ascent_loss_fn is not None:
+            extra_args["ascent_loss_fn"] = of_batch(clean_fn)
         updates, opt_state = tx.update(
             grads, opt_state, params, **_protocol.accepted(tx.update, extra_args)
         )
@@ -170,8 +171,9 @@ def _value_function(
         pullback: Any = None,
         obj_fn: Any = None,
         scoring_loss_fn: Any = None,
+        ascent_loss_fn: Any = None,
     ) -> jax.Array:
-        del losses, pullback, obj_fn, scoring_loss_fn
+        del losses, pullback, obj_fn, scoring_loss_fn, ascent_loss_fn
         return _mean(loss_fn(params, batch))
 
     return value_fn

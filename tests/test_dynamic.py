@@ -140,7 +140,7 @@ def test_ranks_by_weight_need_parameters():
 def test_masks_that_do_not_fit():
     state = make().init(PARAMS)
     wrong = state._replace(mask=state.mask | {"b": jnp.ones(3, bool)})
-    with pytest.raises(ValueError, match=r"state.mask\['b'\] is of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"state.mask\['b'\] has shape \(3,\)"):
         make().update(gradient(0), wrong)
 
 

@@ -76,10 +76,10 @@ def test_filters_are_taken_by_mean_until_enough_weights_are_kept():
 
 @pytest.mark.parametrize("axis", [-1, 0, 1, -2])
 def test_n_m_keeps_n_of_every_m_along_the_axis(axis):
-    (scores,) = random_scores((6, 11, 3))
-    mask = np.asarray(optax_sam.n_m(2, 4, axis=axis % 2)(scores))
-    lines = np.moveaxis(mask, axis % 2, -1)
-    values = np.moveaxis(np.asarray(scores), axis % 2, -1)
+    (scores,) = random_scores((6, 11, 7))
+    mask = np.asarray(optax_sam.n_m(2, 4, axis=axis)(scores))
+    lines = np.moveaxis(mask, axis, -1)
+    values = np.moveaxis(np.asarray(scores), axis, -1)
     for start in range(0, lines.shape[-1], 4):
         group = lines[..., start : start + 4]
         assert np.all(group.sum(-1) == min(2, group.shape[-1]))

@@ -474,9 +474,13 @@ def test_a_gradient_function_alone_is_not_enough():
 def test_a_scalar_loss_is_refused():
     problem, tx = problems.perceptron(), rw_sam(optax.sgd(0.1))
     scalar = problem._replace(loss_fn=lambda p, b: jnp.mean(problem.loss_fn(p, b)))
-    with pytest.raises(ValueError, match="per-example losses; return shape"):
+    with pytest.raises(
+        ValueError, match="reweight_by_sharpness: needs the loss of each example"
+    ):
         problems.train(tx, scalar, 1)
-    with pytest.raises(ValueError, match="per-example losses; return shape"):
+    with pytest.raises(
+        ValueError, match="reweight_by_sharpness: needs the loss of each example"
+    ):
         update(tx, scalar)
 
 
@@ -506,3 +510,31 @@ def test_four_probes_take_the_memory_of_one(cost):
     options = test_cost.MANY_PARAMETERS
     one, four = cost(options), cost(options, num_probes=4)
     assert four["temp_bytes"] - one["temp_bytes"] < 0.1 * one["param_bytes"]
+
+
+def test_a_bad_gradient_of_its_own_reaches_no_state_behind_a_mask():
+    """The mask hides the entry that is not finite, but the average has seen it."""
+    problem = problems.quadratic()
+    leave_out = optax.stateless(
+        lambda updates, _: updates | {"scale": jnp.zeros_like(updates["scale"])}
+    )
+    ascent = optax.chain(
+        reweight_by_sharpness(1.0, key=0), optax_sam.suppress_variance(0.5), leave_out
+    )
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    before = tx.init(problem.params)
+    grads = jax.grad(problems.mean_loss(problem))(problem.params)
+    bad = grads | {"scale": jnp.full_like(grads["scale"], jnp.nan)}
+    for pullback, skipped in [(lambda _: grads, False), (lambda _: bad, True)]:
+        _, after = tx.update(
+            grads,
+            before,
+            problem.params,
+            loss_fn=problem.loss_fn,
+            batch=problem.batch,
+            losses=problem.loss_fn(problem.params, problem.batch),
+            pullback=pullback,
+        )
+        counts = [int(x) for _, x in optax.tree.get_all_with_path(after, "count")]
+        assert counts == ([0, 0] if skipped else [1, 1])
+        assert np.isfinite(problems.norm(optax.tree.get(after, "direction")))

@@ -17,6 +17,7 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from command_line import (
+    NoisyDigits,
     check_training,
     make_run_directory,
     one_line_errors,
@@ -41,7 +42,7 @@ SETTINGS = ("epochs", "noise", "batch_size", "learning_rate", "weight_decay", "w
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NoisyDigits):
     """Measures what SAM along parts of a network gains, and what its steps take.
 
     A small ResNet learns the digits with label noise, as in compare.py. Every
@@ -59,36 +60,14 @@ class Options:
     """Seeds of the figures, from 0 on."""
     tuning_seeds: int = 2
     """Seeds that rho is chosen with, from 1000 on."""
-    epochs: int = 40
-    """Passes over the 1,025 training images."""
-    noise: float = 0.6
-    """Share of the training labels that are replaced by another class."""
-    batch_size: int = 64
-    """Images of a step."""
-    learning_rate: float = 0.1
-    """At the start; it falls to 0 along a cosine."""
-    weight_decay: float = 3e-3
-    """L2 penalty of all parameters."""
-    width: int = 8
-    """Channels of the first of three stages of a block each."""
     timing_widths: tuple[int, ...] = (8, 32)
     """Widths at which steps are timed."""
     timing_rounds: int = 30
     """Rounds, in each of which every configuration trains for an epoch."""
     skip_timing: bool = False
     """Leave the times out: for when the machine is busy."""
-    out: Path | None = None
-    """Directory of the results. By default a new one in runs/."""
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """Blocks in each stage."""
-        return (1, 1, 1)
-
-    @property
-    def dropout(self) -> float:
-        """Dropout rate."""
-        return 0.0
+    stages: tyro.conf.Suppress[tuple[int, ...]] = (1, 1, 1)
+    dropout: tyro.conf.Suppress[float] = 0.0  # The configurations name the layers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,16 +205,14 @@ def main(args: Sequence[str] | None = None) -> None:
             "times": times,
         },
     )
-    title = (
-        f"Digits, {100 * options.noise:g} % wrong labels, {options.seeds} seeds: "
-        f"SAM along parts of a network of width {options.width}"
-    )
-    print_trade_off(rows, times, best=SAM, title=title)
+    title = f"SAM along parts of a network of width {options.width}"
+    data = f"digits, {100 * options.noise:g} % wrong labels, {options.seeds} seeds"
+    print_trade_off(rows, times, best=SAM, title=f"{title}; {data}")
     for width, ratios in times.items():
         plot_accuracy_over_time(
             rows,
             ratios,
-            title.replace(": ", f", timed at width {width}:\n"),
+            f"{title}\n{data}, steps timed at width {width}",
             directory / f"accuracy-{width}.png",
         )
     print(f"Results in {directory}")

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from command_line import require
-from data import Dataset, Split, load_digits, normalize
+from data import Dataset, Split, load_digits
+from layers import make_score
 from methods import momentum_sgd
 from models.convolution import PatchConv
 from models.resnet import ResNet
@@ -19,7 +20,6 @@ from training import (
     TrainState,
     make_evaluate,
     make_init,
-    make_scoring_loss_fn,
     make_train_steps,
     shuffled_batches,
 )
@@ -152,20 +152,8 @@ class Digits:
         self, state: TrainState, width: int, seed: int, sparsity: float
     ) -> Any:
         """A mask of the layers whose weights have the most Fisher information."""
-        dataset = self.dataset(seed)
-        images = normalize(jnp.asarray(dataset.train.images), dataset.mean, dataset.std)
-        loss_fn = make_scoring_loss_fn(self.model(width))
-        scores = jax.jit(
-            lambda batch: optax_sam.fisher_diagonal(
-                lambda params, batch: loss_fn(
-                    params, batch, state.batch_stats, jax.random.key(0)
-                ),
-                state.params,
-                batch,
-                num_examples=128,
-            )
-        )(Split(images, jnp.asarray(dataset.train.labels)))
-        return optax_sam.choose_layers(scores, sparsity)
+        score = make_score(self.model(width), self.dataset(seed), num_examples=128)
+        return optax_sam.choose_layers(score(state), sparsity)
 
     @cache  # noqa: B019
     def _init(self, width: int) -> Any:
