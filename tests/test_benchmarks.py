@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import measure, sparse_cost, step_cost, top_k
+from benchmarks import finite_difference, measure, sparse_cost, step_cost, top_k
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -69,13 +69,40 @@ def test_top_k_finds_equal_masks(tmp_path):
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+def test_finite_differences_are_near_the_slopes_in_float32_only(tmp_path, capsys):
+    path = tmp_path / "errors.json"
+    tiny = ["--widths=8", "--stages=1", "--num-examples=4", "--directions=1"]
+    finite_difference.main([*tiny, "--steps=2", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+    rows = {name.split(": ")[1]: row for name, row in rows.items()}
+    assert list(rows) == ["1e-01", "1e-02", "1e-03", "1e-04", "1e-05", "1e-06", "jvp"]
+    float32, bfloat16 = (
+        {name: row[f"{dtype}_error_over_exact"] for name, row in rows.items()}
+        for dtype in ("float32", "bfloat16")
+    )
+    assert float32["jvp"] == 0
+    assert float32["1e-04"] < 0.05 < float32["1e-01"]
+    assert bfloat16["jvp"] < 0.1 < bfloat16["1e-04"]
+
+
+def test_finite_difference_refuses_a_width_without_groups(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        finite_difference.main(["--widths", "8", "12"])
+    error = "error: --widths must be positive multiples of 8, got (8, 12).\n"
+    assert capsys.readouterr().err == error
+
+
 def test_step_cost_refuses_no_rounds(capsys):
     with pytest.raises(SystemExit, match="2"):
         step_cost.main(["--rounds", "0"])
     assert capsys.readouterr().err == "error: --rounds must be at least 1, got 0.\n"
 
 
-@pytest.mark.parametrize("script", ["step_cost.py", "sparse_cost.py", "top_k.py"])
+@pytest.mark.parametrize(
+    "script", ["step_cost.py", "sparse_cost.py", "top_k.py", "finite_difference.py"]
+)
 def test_a_benchmark_runs_as_a_script(script):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     completed = subprocess.run(

@@ -28,6 +28,7 @@ METHODS = {
         base, 0.1, 0.5, refresh_every=2, decay_steps=10
     ),
     "reweighted": lambda base: optax_sam.rw_sam(base, 0.1, 0.05, estimator="jvp"),
+    "micro-batches": lambda base: optax_sam.m_sam(base, 0.1, 4),
     "sam on matrices": lambda base: optax_sam.sharpness_aware(
         base,
         optax.chain(
@@ -231,6 +232,7 @@ def test_init_works_abstractly_and_with_tree_map_params(method):
 
 HYPERPARAMETERS = {
     optax_sam.sam: {"rho": 0.1},
+    optax_sam.m_sam: {"rho": 0.1},
     optax_sam.asam: {"rho": 0.5, "eta": 0.01},
     optax_sam.vasso: {"rho": 0.1, "theta": 0.4},
     optax_sam.sparse_sam: {"rho": 0.1},
@@ -238,6 +240,7 @@ HYPERPARAMETERS = {
     optax_sam.rw_sam: {"rho": 0.1, "strength": 0.05, "delta": 1e-3},
 }
 STATIC = {
+    optax_sam.m_sam: {"micro_batch_size": 4, "micro_batches_at_once": None},
     optax_sam.sparse_sam: {"pattern": optax_sam.n_m(2, 4), "refresh_every": 2},
     optax_sam.dynamic_sparse_sam: {
         "sparsity": 0.5,

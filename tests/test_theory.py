@@ -65,14 +65,11 @@ def direction(ascent, problem):
 
 def micro_batch_gradient(ascent, problem, m):
     """The gradient that a base sees whose micro-batches of `m` ascend each alone."""
-    tx = optax_sam.sharpness_aware(optax.sgd(1.0), ascent)
-    step = optax_sam.value_and_update(problem.loss_fn, tx)
-
-    def update(batch):
-        return step(problem.params, tx.init(problem.params), batch)[1]
-
-    batches = jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]), problem.batch)
-    return -jnp.mean(jax.jit(jax.vmap(update))(batches), axis=0)
+    tx = optax_sam.sharpness_aware(
+        optax.sgd(1.0), ascent, micro_batch_size=m, micro_batches_at_once=None
+    )
+    step = jax.jit(optax_sam.value_and_update(problem.loss_fn, tx))
+    return -step(problem.params, tx.init(problem.params), problem.batch)[1]
 
 
 # Item 1: what a directional derivative along random signs says about a norm.

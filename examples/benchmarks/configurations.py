@@ -35,6 +35,7 @@ class Configuration:
       examples: share of the batch that the clean pass sees.
       chosen: if given, only layers of large Fisher score are perturbed, and this is the
         share of the weights that is left out.
+      micro_batch_size: examples that ascend for themselves, if not all in one.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Configuration:
     channels: float = 1.0
     examples: float = 1.0
     chosen: float | None = None
+    micro_batch_size: int | None = None
 
     def with_layers(self, mask: Any) -> "Configuration":
         """The configuration once the layers are chosen, by a tree of bools."""
@@ -58,7 +60,15 @@ class Configuration:
         if self.make_ascent is None:
             raise ValueError("the layers are to be chosen first, see with_layers.")
         ascent = self.make_ascent(rho, num_steps, epoch_steps)
-        return base if ascent is None else optax_sam.sharpness_aware(base, ascent)
+        if ascent is None:
+            return base
+        return optax_sam.sharpness_aware(
+            base,
+            ascent,
+            micro_batch_size=self.micro_batch_size,
+            # A loop is slow on the CPU, and small networks have the memory.
+            micro_batches_at_once=None,
+        )
 
     def make_ascent_loss_fn(self, model: ResNet) -> LossFn | None:
         """The loss of the clean pass, None if it is that of the perturbed pass."""

@@ -1,0 +1,86 @@
+"""Test accuracy of RW-SAM over its hyperparameters, beside SAM and m-SAM."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import optax
+import tyro
+
+if not __package__:  # Run as a script, which leaves examples/ off the path.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import optax_sam
+from benchmarks import trade_off
+from benchmarks.configurations import CONFIGURATIONS, SAM, SGD, Configuration
+
+REWEIGHTED, MICRO_BATCHES = "reweighted", "micro-batches"
+STRENGTHS = {False: (0.03, 0.1, 0.3), True: (0.3, 1.0, 3.0)}  # By normalize.
+PROBES = (1, 4)
+SIZES = (32, 16, 8, 4)
+
+
+def reweighted(strength: float, num_probes: int, normalize: bool) -> Configuration:
+    """RW-SAM."""
+
+    def make_ascent(
+        rho: Any, num_steps: int, epoch_steps: int
+    ) -> optax.GradientTransformation:
+        reweight = optax_sam.reweight_by_sharpness(
+            strength, key=0, num_probes=num_probes, normalize=normalize
+        )
+        return optax.chain(reweight, optax_sam.scale_to_radius(rho))
+
+    return Configuration(REWEIGHTED, make_ascent)
+
+
+ROWS: Mapping[str, Configuration] = {
+    SGD: CONFIGURATIONS[SGD],
+    SAM: CONFIGURATIONS[SAM],
+    **{
+        f"RW-SAM, strength {strength:g}{' normalized' if normalize else ''}, "
+        f"{probes} probe{'s' if probes > 1 else ''}": reweighted(
+            strength, probes, normalize
+        )
+        for normalize, strengths in STRENGTHS.items()
+        for strength in strengths
+        for probes in PROBES
+    },
+    **{
+        f"m-SAM, m = {size}": dataclasses.replace(
+            CONFIGURATIONS[SAM], kind=MICRO_BATCHES, micro_batch_size=size
+        )
+        for size in SIZES
+    },
+}
+NAMES = tuple(ROWS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(trade_off.Options):
+    """Measures what RW-SAM gains over SAM, for hyperparameters in a grid.
+
+    A small ResNet learns the digits with label noise, as in compare.py. Every
+    configuration gets the rho that does best on the validation split, and is then
+    trained with other seeds, whose test accuracy counts. Its steps are timed in turns
+    with those of all others. Every training is added to runs.jsonl in --out as it
+    ends, and not repeated if found there. Prints a table; writes results.json and, for
+    each width that is timed, a plot.
+    """
+
+    configurations: Annotated[
+        tuple[str, ...], tyro.conf.arg(help=f"Out of: {'; '.join(NAMES)}.")
+    ] = NAMES
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the study that the command line asks for."""
+    options = tyro.cli(Options, args=args)
+    title = "RW-SAM and m-SAM, a network"
+    trade_off.run(options, ROWS, name="reweight-accuracy", title=title)
+
+
+if __name__ == "__main__":
+    main()
