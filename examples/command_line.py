@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -34,6 +34,8 @@ class NoisyDigits:
     """Blocks in each stage of the ResNet."""
     width: int = 8
     """Channels of the first stage, which double in each stage."""
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation; only that of groups keeps the examples of a batch apart."""
     dropout: float = 0.0
     """Dropout rate on the features before the last layer."""
     out: Path | None = None

@@ -18,9 +18,7 @@ from command_line import (
     write_json,
 )
 from data import Dataset, Split, load_digits
-from methods import METHODS, hyperparameters, make_tx, momentum_sgd
-from models.convolution import fastest_convolution
-from models.resnet import ResNet
+from methods import METHODS, check_batch, hyperparameters, make_tx, momentum_sgd
 from report import Curves, plot_test_accuracy, print_table, summarize
 from tqdm import tqdm
 from training import (
@@ -28,6 +26,7 @@ from training import (
     TrainState,
     make_evaluate,
     make_init,
+    make_model,
     make_train_steps,
     shuffled_batches,
 )
@@ -96,25 +95,36 @@ class Contestant:
         return curves
 
 
+def prepare(
+    options: Any,
+) -> tuple[list[Dataset], int, optax.GradientTransformation]:
+    """The digits of every seed, the number of steps, and the base optimizer.
+
+    Raises:
+      ValueError: if an option is out of range.
+    """
+    require(options.seeds >= 1, "--seeds must be at least 1", options.seeds)
+    datasets = [load_digits(options.noise, seed) for seed in range(options.seeds)]
+    num_examples = len(datasets[0].train.labels)
+    check_training(options, num_examples)
+    num_steps = options.epochs * (num_examples // options.batch_size)
+    base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
+    return datasets, num_steps, base
+
+
 def compare(
-    options: Options,
+    options: Any,
     datasets: Sequence[Dataset],
     txs: Mapping[str, optax.GradientTransformation],
 ) -> dict[str, Contestant]:
     """Trains every method with every seed.
 
     Args:
-      options: see `Options`.
+      options: those of `NoisyDigits`.
       datasets: one for each seed, of the same shapes.
       txs: the optimizer of each method.
     """
-    model = ResNet(
-        stage_sizes=options.stages,
-        num_classes=datasets[0].num_classes,
-        width=options.width,
-        dropout_rate=options.dropout,
-        conv=fastest_convolution(jax.default_backend()),
-    )
+    model = make_model(options, datasets[0].num_classes)
     init = make_init(model, datasets[0])
     evaluate = make_evaluate(model, datasets[0])
     contestants = {
@@ -153,13 +163,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the comparison that the command line asks for."""
     options = tyro.cli(Options, args=args)
     with one_line_errors():
-        require(options.seeds >= 1, "--seeds must be at least 1", options.seeds)
         chosen = hyperparameters(options.methods, options.hyperparameters)
-        datasets = [load_digits(options.noise, seed) for seed in range(options.seeds)]
-        num_examples = len(datasets[0].train.labels)
-        check_training(options, num_examples)
-        num_steps = options.epochs * (num_examples // options.batch_size)
-        base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
+        check_batch(chosen, options.batch_size)
+        datasets, num_steps, base = prepare(options)
         txs = {
             method: make_tx(method, base, values, num_steps)
             for method, values in chosen.items()

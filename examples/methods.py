@@ -27,6 +27,13 @@ def _sparse_sam(
     return optax_sam.sparse_sam(base, rho, pattern, refresh_every=refresh_every)
 
 
+def _m_sam(
+    base: optax.GradientTransformation, rho: float, micro_batch_size: int
+) -> optax.GradientTransformation:
+    # Side by side, since loops over convolutions are slow on the CPU.
+    return optax_sam.m_sam(base, rho, micro_batch_size, micro_batches_at_once=None)
+
+
 # By the name of the method, then by that of the hyperparameter.
 Hyperparameters = Mapping[str, Mapping[str, Any]]
 
@@ -46,6 +53,9 @@ METHODS: Mapping[str, partial[Any]] = {
         refresh_every=16,
         drop_fraction=0.5,
     ),
+    # The rho and the strength are those of benchmarks/reweight_accuracy.py.
+    "rw_sam": partial(optax_sam.rw_sam, rho=0.5, strength=0.1, num_probes=1),
+    "m_sam": partial(_m_sam, rho=0.5, micro_batch_size=16),
 }
 
 # The papers' values on CIFAR-10, where they differ from those for the noisy digits.
@@ -55,6 +65,8 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "asam": {"rho": 0.5},
     "sparse_sam": {"rho": 0.1, "refresh_every": 390},
     "dynamic_sparse_sam": {"rho": 0.1, "refresh_every": 390},
+    "rw_sam": {"rho": 0.1},
+    "m_sam": {"rho": 0.1, "micro_batch_size": 32},
 }
 
 
@@ -119,6 +131,17 @@ def hyperparameters(
     for assignment in assignments:
         _assign(chosen, assignment)
     return chosen
+
+
+def check_batch(chosen: Mapping[str, Mapping[str, Any]], batch_size: int) -> None:
+    """Raises a ValueError unless the micro-batches of every method divide a batch."""
+    for method, values in chosen.items():
+        size = values.get("micro_batch_size", batch_size)
+        if size < 1 or batch_size % size:
+            raise ValueError(
+                f"{method}.micro_batch_size must divide --batch-size {batch_size}, "
+                f"got {size}."
+            )
 
 
 def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:

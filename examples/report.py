@@ -210,3 +210,45 @@ def plot_accuracy_over_time(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def plot_accuracy_over_size(
+    accuracies: Mapping[int, Sequence[float]],
+    lines: Mapping[str, Sequence[float]],
+    title: str,
+    path: Path,
+) -> None:
+    """Plots test accuracies, mean and deviation over seeds, over micro-batch sizes.
+
+    Args:
+      accuracies: in per cent, of each seed, by the size of a micro-batch.
+      lines: accuracies of what has no size, by name; each becomes a horizontal line.
+      title: title of the figure.
+      path: file to write.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    sizes = sorted(accuracies)
+    means, spreads = zip(*(_mean_and_spread(accuracies[m]) for m in sizes), strict=True)
+    axes.errorbar(
+        sizes, means, spreads, color=COLORS[0], marker="o", capsize=4, label="m-SAM"
+    )
+    for index, (name, values) in enumerate(lines.items(), start=1):
+        mean, spread = _mean_and_spread(values)
+        color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
+        axes.axhline(mean, color=color, linestyle=style, label=name)
+        axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("Examples that ascend together, m (the largest is SAM's batch)")
+    axes.set_ylabel("Test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    summary = _mean_and_std(values)
+    return summary["mean"] or 0.0, summary["std"] or 0.0

@@ -27,7 +27,6 @@ from command_line import (
 from data import Dataset, load_digits
 from layers import Chooser, layers_of
 from methods import momentum_sgd
-from models.convolution import fastest_convolution
 from models.resnet import ResNet
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from training import (
     make_evaluate,
     make_init,
+    make_model,
     make_train_steps,
     shuffled_batches,
 )
@@ -147,13 +147,7 @@ def make_trainers(
     num_steps = options.epochs * (len(dataset.train.labels) // options.batch_size)
     base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
     radius = optax_sam.scale_to_radius(options.rho)
-    model = ResNet(
-        stage_sizes=options.stages,
-        num_classes=dataset.num_classes,
-        width=options.width,
-        dropout_rate=options.dropout,
-        conv=fastest_convolution(jax.default_backend()),
-    )
+    model = make_model(options, dataset.num_classes)
 
     def masked(mask: Any) -> optax.GradientTransformation:
         # The mask comes first: gradients that no norm reads are not computed.

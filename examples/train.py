@@ -22,16 +22,16 @@ from data import Dataset, load_cifar10, load_digits
 from methods import (
     CIFAR10_HYPERPARAMETERS,
     METHODS,
+    check_batch,
     hyperparameters,
     make_tx,
     momentum_sgd,
 )
-from models.convolution import fastest_convolution
-from models.resnet import ResNet
 from tqdm import tqdm
 from training import (
     make_evaluate,
     make_init,
+    make_model,
     make_train_steps,
     shuffled_batches,
     steps_per_call,
@@ -72,6 +72,10 @@ class Options:
     """Blocks in each stage of the ResNet."""
     width: Int = None
     """Channels of the first stage, which double in each stage; 8 suits a CPU."""
+    norm: Annotated[
+        Literal["batch", "group"] | None, tyro.conf.arg(metavar="batch|group")
+    ] = None
+    """Normalisation: over the batch, or over groups of channels of each image."""
     dropout: Float = None
     """Dropout rate on the features before the last layer."""
     seed: int = 0
@@ -92,6 +96,7 @@ class Recipe:
     weight_decay: float = 3e-3
     stages: tuple[int, ...] = (1, 1, 1)
     width: int = 8
+    norm: str = "batch"
     dropout: float = 0.0
     augmented: bool = False
 
@@ -144,13 +149,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, dataset: Dataset, tx: Any, seed: int) -> None:
         """Draws the parameters of the ResNet."""
-        model = ResNet(
-            stage_sizes=recipe.stages,
-            num_classes=dataset.num_classes,
-            width=recipe.width,
-            dropout_rate=recipe.dropout,
-            conv=fastest_convolution(jax.default_backend()),
-        )
+        model = make_model(recipe, dataset.num_classes)
         self._dataset = dataset
         self._train_split = jax.tree.map(jnp.asarray, dataset.train)
         self._train_steps = make_train_steps(
@@ -197,6 +196,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         defaults = CIFAR10_HYPERPARAMETERS if options.dataset == "cifar10" else {}
         chosen = hyperparameters([method], options.hyperparameters, defaults)[method]
+        check_batch({method: chosen}, recipe.batch_size)
         dataset = load(options)
         num_examples = len(dataset.train.labels)
         check_training(recipe, num_examples)

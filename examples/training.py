@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from data import Dataset, Split, augment, normalize
+from models.convolution import fastest_convolution
+from models.resnet import NORMS, ResNet
 
 import optax_sam
 
@@ -94,6 +96,23 @@ def make_scoring_loss_fn(model: nn.Module) -> Callable[..., jax.Array]:
         return losses
 
     return scoring_loss_fn
+
+
+def make_model(settings: Any, num_classes: int) -> ResNet:
+    """The ResNet of some settings, with the convolution that is fastest here.
+
+    Args:
+      settings: has `stages`, `width`, `norm` and `dropout`.
+      num_classes: number of logits.
+    """
+    return ResNet(
+        stage_sizes=settings.stages,
+        num_classes=num_classes,
+        width=settings.width,
+        norm=NORMS[settings.norm],
+        dropout_rate=settings.dropout,
+        conv=fastest_convolution(jax.default_backend()),
+    )
 
 
 def make_init(model: nn.Module, dataset: Dataset) -> InitState:

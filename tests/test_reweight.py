@@ -11,7 +11,7 @@ import test_cost
 from benchmarks import step_cost
 
 import optax_sam
-from optax_sam import _reweight, reweight_by_sharpness
+from optax_sam import _reweight, implicit, reweight_by_sharpness
 
 
 def rw_sam(base, rho=0.1, strength=1.0, key=0, **kwargs):
@@ -368,6 +368,134 @@ def test_composes_with_the_other_ascents():
     assert 1 < size < num_examples(problem)
     assert 1 / size <= optax.tree.get(opt_state, "largest_weight") < 1
     assert optax.tree.get(opt_state, "mean_directional_norm") > 0
+
+
+def only_matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def everything(params):
+    return jax.tree.map(lambda p: True, params)
+
+
+def masks(pattern):
+    return optax_sam.sparsify_by_fisher(pattern, refresh_every=2)
+
+
+def exchanges(sparsity):
+    return optax_sam.sparsify_dynamically(
+        sparsity, refresh_every=2, decay_steps=10, key=0
+    )
+
+
+RADIUS = optax_sam.scale_to_radius(0.2)
+# The links of an ascent around those of RW-SAM, if any; `on` is the companion, and off
+# it is what SAM falls back to.
+COMPANIONS = {
+    "VaSSO": lambda links, on: (
+        *links,
+        optax_sam.suppress_variance(0.4 if on else 1.0),
+        RADIUS,
+    ),
+    "Fisher": lambda links, on: (
+        *links,
+        RADIUS,
+        masks(optax_sam.unstructured(0.5 if on else 0.0)),
+    ),
+    "N:M": lambda links, on: (
+        *links,
+        RADIUS,
+        masks(optax_sam.n_m(2 if on else 4, 4)),
+    ),
+    "dynamic": lambda links, on: (*links, RADIUS, exchanges(0.5 if on else 0.0)),
+    "static": lambda links, on: (
+        optax_sam.perturb_only(only_matrices if on else everything),
+        *links,
+        RADIUS,
+    ),
+    "VaSSO and Fisher": lambda links, on: (
+        *links,
+        optax_sam.suppress_variance(0.4 if on else 1.0),
+        RADIUS,
+        masks(optax_sam.unstructured(0.5 if on else 0.0)),
+    ),
+}
+SHALLOW = problems.perceptron(sizes=(6, 4))
+
+
+def trained(*links):
+    base = optax.sgd(0.1, momentum=0.9)
+    tx = optax_sam.sharpness_aware(base, optax.chain(*links))
+    return problems.train(tx, SHALLOW, 5)[0]
+
+
+@functools.cache
+def trained_by_rw_sam():
+    return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
+
+
+@pytest.mark.parametrize("companion", COMPANIONS.values(), ids=COMPANIONS)
+def test_combined_methods_fall_back_to_each_other_bit_for_bit(companion):
+    reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
+    alone = trained(*companion((), on=True))
+    problems.assert_trees_equal(trained(*companion((uniform,), on=True)), alone)
+    plain = trained(*companion((reweight,), on=False))
+    problems.assert_trees_equal(plain, trained_by_rw_sam())
+    combined = trained(*companion((reweight,), on=True))
+    problems.assert_trees_differ(combined, alone)
+    problems.assert_trees_differ(combined, plain)
+
+
+def test_the_average_is_that_of_reweighted_gradients():
+    problem, theta = problems.perceptron(), 0.4
+    link = reweight_by_sharpness(0.5, key=0)
+    chained = optax.chain(link, optax_sam.suppress_variance(theta))
+    _, state = update(chained, problem)
+    first, after = update(link, problem)
+    halved = problem._replace(params=jax.tree.map(lambda p: p / 2, problem.params))
+    second, _ = update(link, halved, after)
+    averaged, _ = update(chained, halved, state)
+    expected = jax.tree.map(lambda a, b: (1 - theta) * a + theta * b, first, second)
+    problems.assert_trees_close(averaged, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_of_the_reweighted_ascent_is_the_mask_of_the_fisher_information():
+    problem = problems.perceptron()
+    fisher, radius = masks(optax_sam.unstructured(0.5)), optax_sam.scale_to_radius(0.1)
+    link = reweight_by_sharpness(0.5, key=0)
+    masked, state = update(optax.chain(link, radius, fisher), problem)
+    whole, _ = update(optax.chain(link, radius), problem)
+    _, alone = update(fisher, problem)
+    problems.assert_trees_equal(state[2].mask, alone.mask)
+    expected = jax.tree.map(lambda m, e: jnp.where(m, e, 0), alone.mask, whole)
+    problems.assert_trees_equal(masked, expected)
+
+
+def test_slopes_and_gradient_are_those_of_an_implicit_backward():
+    """Whose forward is exact: the weights are those of the dense network."""
+    problem = problems.perceptron(sizes=(6, 8, 4))
+    product = implicit.Channels(0.5).dot_general
+
+    def sparse_loss(params, batch):
+        x, labels = batch
+        for i in range(2):
+            x = product(x, params[f"w{i}"], (((1,), (0,)), ((), ())))
+            x = x + params[f"b{i}"][None]
+            x = jnp.tanh(x) if i == 0 else x
+        return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+
+    def direction(strength):
+        link = optax.chain(reweight_by_sharpness(strength, key=0))
+        tx = optax_sam.sharpness_aware(optax.set_to_zero(), link)
+        step = optax_sam.value_and_update(
+            problem.loss_fn, tx, ascent_loss_fn=sparse_loss
+        )
+        state = tx.init(problem.params)
+        return jax.jit(step)(problem.params, state, problem.batch)[2].ascent_state[0]
+
+    _, dense = update(reweight_by_sharpness(0.5, key=0), problem)
+    problems.assert_trees_close(direction(0.5), dense, rtol=1e-3, atol=1e-6)
+    assert direction(0.0).effective_sample_size == num_examples(problem)
 
 
 def test_schedules_see_the_count_of_steps():

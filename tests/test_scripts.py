@@ -2,6 +2,7 @@ import functools
 import json
 
 import compare
+import m_sharpness
 import numpy as np
 import pytest
 import train
@@ -53,6 +54,35 @@ def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
         figures["methods"][m]["seeds"][0]["train_loss"][0] for m in ("sgd", "sam")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_m_sharpness_plots_accuracy_over_the_size_of_micro_batches(tmp_path, capsys):
+    sizes = ["--sizes", "64", "16", "--seeds", "2", "--epochs", "2"]
+    m_sharpness.main([*TINY, *sizes, "--out", str(tmp_path)])
+    output, progress = capsys.readouterr()
+    methods = results(tmp_path)["methods"]
+    assert list(methods) == ["RW-SAM", "m = 64", "m = 16"]
+    for name, figures in methods.items():
+        accuracy = figures["final_test_accuracy"]
+        row = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}"
+        assert any(name in line and row in line for line in output.splitlines())
+    assert (tmp_path / "m_sharpness.png").read_bytes().startswith(b"\x89PNG")
+    assert "seed 1, m = 16" in progress
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sizes", "64", "24"], "--sizes must divide --batch-size 64, got 24"),
+        (["--sizes"], "--sizes must be given, got none"),
+        (["--rho", "-1"], "rho = -1 is out of range"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_m_sharpness_refuses_bad_options_in_one_line(capsys, options, message):
+    with pytest.raises(SystemExit) as status:
+        m_sharpness.main(options)
+    check_refusal(status, capsys, message)
 
 
 def test_times_are_medians_of_ratios_within_epochs():
@@ -152,6 +182,10 @@ BAD_OPTIONS = {
     "weight decay": (["--weight-decay", "-1"], "--weight-decay must be"),
     "hyperparameter": (["--hyperparameters", "phi=1"], "no chosen method takes 'phi'"),
     "value": (["--hyperparameters", "rho=-1"], "rho = -1 is out of range"),
+    "micro-batch": (
+        ["--methods", "m_sam", "--batch-size", "40"],
+        "m_sam.micro_batch_size must divide --batch-size 40, got 16",
+    ),
 }
 
 
@@ -170,6 +204,7 @@ def test_compare_refuses_bad_options_in_one_line(tmp_path, capsys, options, mess
         (["--dataset", "cifar10", "--data-dir", "nowhere"], "no CIFAR-10 in nowhere"),
         (["--method", "rh"], "unknown method 'rh'"),
         (["--width", "0"], "--width must be at least 1"),
+        (["--method", "m_sam", "--batch-size", "40"], "must divide --batch-size 40"),
     ],
 )
 def test_train_refuses_bad_options_in_one_line(tmp_path, capsys, options, message):

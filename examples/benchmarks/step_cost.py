@@ -77,6 +77,14 @@ def by_hand(tx: optax.GradientTransformation, update: Callable[..., Any]) -> Row
     return row
 
 
+def in_quarters(problem: Problem) -> tuple[optax.GradientTransformation, Update]:
+    """m-SAM, a quarter of the batch being a micro-batch."""
+    size = max(1, problem.batch.labels.size // 4)
+    # All at once: the compiler would count the FLOPs of a loop's body once.
+    tx = optax_sam.m_sam(BASE, RHO, size, micro_batches_at_once=None)
+    return engine(tx)(problem)
+
+
 # The rows of the table; the first three are what the others are measured against.
 HAND_WRITTEN, CONTRIB = "SAM by hand", "optax.contrib.sam"
 ROWS: Mapping[str, Row] = {
@@ -87,6 +95,11 @@ ROWS: Mapping[str, Row] = {
     "optax_sam.sam": engine(optax_sam.sam(BASE, RHO)),
     "optax_sam.asam": engine(optax_sam.asam(BASE, 10 * RHO)),
     "optax_sam.vasso": engine(optax_sam.vasso(BASE, RHO, theta=0.4)),
+    "optax_sam.rw_sam": engine(optax_sam.rw_sam(BASE, RHO, strength=0.1)),
+    "optax_sam.rw_sam, jvp": engine(
+        optax_sam.rw_sam(BASE, RHO, strength=0.1, estimator="jvp")
+    ),
+    "optax_sam.m_sam, m = B / 4": in_quarters,
 }
 
 

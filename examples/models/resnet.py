@@ -5,7 +5,7 @@ of basic blocks. Convolutions start from the normal distribution of variance
 2 / fan-in of He et al. (2015, arXiv 1502.01852), batch normalisation from the identity.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -30,6 +30,13 @@ def group_norm(*, train: bool, dtype: DTypeLike, num_groups: int = 8) -> nn.Modu
     """Group normalisation, the same in training and evaluation."""
     del train
     return nn.GroupNorm(num_groups=num_groups, dtype=dtype)
+
+
+# Every number of channels here is a multiple of 4.
+NORMS: Mapping[str, Layer] = {
+    "batch": batch_norm,
+    "group": partial(group_norm, num_groups=4),
+}
 
 
 class BasicBlock(nn.Module):
