@@ -45,7 +45,7 @@ def value_and_update(
         only, so batch statistics never see perturbed parameters.
       ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
         may read a cheaper gradient: that of layers from :mod:`optax_sam.implicit`, or
-        of a part of the batch. The perturbed pass remains that of `loss_fn`. It is
+        of a part of the batch, or of each micro-batch. The perturbed pass remains that of `loss_fn`. It is
         called as `loss_fn` and returns the same kind of values, which are what the step
         reports; ascents that weight examples want a loss for each one in the batch. An
         optimizer that is not sharpness-aware descends along its gradient.

@@ -1,0 +1,127 @@
+"""The same steps on eight simulated devices as on one."""
+
+import math
+import re
+
+import jax
+import optax
+import problems
+import pytest
+import test_contract
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_sam
+
+BATCH, DEVICES = 64, 8
+PROBLEM = problems.perceptron(sizes=(8, 16, 8), batch_size=BATCH)
+
+
+def mesh():
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def data_parallel(tree):
+    """A whole copy on every device."""
+    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+
+
+def fully_sharded(tree):
+    """Every device has a part of every array whose first axis can be divided."""
+
+    def put(x):
+        divides = x.ndim and x.shape[0] % DEVICES == 0
+        spec = PartitionSpec("data") if divides else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh(), spec))
+
+    return jax.tree.map(put, tree)
+
+
+layouts = pytest.mark.parametrize("layout", [data_parallel, fully_sharded])
+
+
+def on_devices(tx, layout):
+    """The state before a step on many devices, and the step, compiled."""
+    step = optax_sam.value_and_update(PROBLEM.loss_fn, tx)
+    batch = fully_sharded(PROBLEM.batch)
+    inputs = layout(PROBLEM.params), layout(tx.init(PROBLEM.params)), batch
+    return inputs, jax.jit(step).lower(*inputs).compile()
+
+
+def collectives(compiled):
+    """Kind and number of entries of every collective in a program."""
+    found = re.findall(
+        r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(",
+        compiled.as_text(),
+    )
+    return [
+        (
+            kind,
+            sum(math.prod(map(int, filter(None, d.split(",")))) for d in dims(shapes)),
+        )
+        for shapes, kind in found
+    ]
+
+
+def dims(shapes):
+    return re.findall(r"\w\d+\[([\d,]*)\]", shapes)
+
+
+@layouts
+@pytest.mark.parametrize("method", test_contract.METHODS)
+def test_steps_on_many_devices_are_those_on_one(method, layout):
+    tx = test_contract.METHODS[method](optax.sgd(0.1, momentum=0.9))
+    (params, state, batch), step = on_devices(tx, layout)
+    expected = PROBLEM.params, tx.init(PROBLEM.params)
+    alone = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
+    for _ in range(3):
+        value, updates, state = step(params, state, batch)
+        params = layout(optax.apply_updates(params, updates))
+        state = layout(state)
+        loss, updates, single = alone(*expected, PROBLEM.batch)
+        expected = optax.apply_updates(expected[0], updates), single
+        assert value == pytest.approx(float(loss), rel=1e-5)
+    problems.assert_trees_close((params, state), expected, rtol=1e-4, atol=2e-6)
+
+
+@layouts
+@pytest.mark.parametrize("at_once", [1, DEVICES, None])
+@pytest.mark.parametrize("size", [2, BATCH // DEVICES, 32])
+def test_micro_batches_do_not_depend_on_the_devices(size, at_once, layout):
+    """Smaller than the part of a device, that part, and spread over four devices."""
+    at_once = None if at_once and at_once * size > BATCH else at_once
+    tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, size, micro_batches_at_once=at_once)
+    inputs, step = on_devices(tx, layout)
+    _, updates, _ = step(*inputs)
+    one = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
+    _, expected, _ = one(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch)
+    problems.assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_on_each_device_halves_the_traffic():
+    entries = sum(x.size for x in jax.tree.leaves(PROBLEM.params))
+
+    def reduced(tx):
+        _, step = on_devices(tx, data_parallel)
+        kinds, sizes = zip(*collectives(step), strict=True)
+        assert set(kinds) == {"all-reduce"}
+        return sum(size for size in sizes if size > 1) / entries
+
+    # Scalars, such as the value, may travel with them.
+    assert reduced(optax_sam.sam(optax.sgd(0.1), 0.1)) == pytest.approx(2, abs=0.02)
+    per_device = BATCH // DEVICES
+    for size in (per_device, per_device // 2):
+        for at_once in (None, DEVICES):
+            tx = optax_sam.m_sam(
+                optax.sgd(0.1), 0.1, size, micro_batches_at_once=at_once
+            )
+            assert reduced(tx) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["vasso", "dynamic sparse", "reweighted"])
+def test_state_and_masks_cause_no_traffic(method):
+    def arrays(method):
+        tx = test_contract.METHODS[method](optax.sgd(0.1))
+        _, step = on_devices(tx, data_parallel)
+        return [(kind, size) for kind, size in collectives(step) if size > DEVICES]
+
+    assert arrays(method) == arrays("sam")
