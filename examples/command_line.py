@@ -73,6 +73,11 @@ def check_training(options: Any, num_examples: int) -> None:
         " ".join(map(str, options.stages)) or "none",
     )
     require(
+        options.norm != "group" or options.width % 4 == 0,
+        "--width must be a multiple of 4 for groups of channels",
+        options.width,
+    )
+    require(
         options.batch_size <= num_examples,
         f"--batch-size must be at most {num_examples:,}, the number of training images",
         options.batch_size,

@@ -164,8 +164,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     with one_line_errors():
         chosen = hyperparameters(options.methods, options.hyperparameters)
-        check_batch(chosen, options.batch_size)
         datasets, num_steps, base = prepare(options)
+        check_batch(chosen, options.batch_size)
         txs = {
             method: make_tx(method, base, values, num_steps)
             for method, values in chosen.items()

@@ -15,7 +15,7 @@ from command_line import (
     write_json,
 )
 from compare import compare, prepare
-from methods import make_tx
+from methods import check_batch, make_tx
 from report import plot_accuracy_over_size, print_table, summarize
 
 RW_SAM = "RW-SAM"
@@ -60,18 +60,16 @@ def main(args: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     with one_line_errors():
         require(len(options.sizes) > 0, "--sizes must be given", "none")
-        for size in options.sizes:
-            divides = size > 0 and options.batch_size % size == 0
-            batch_size = f"--batch-size {options.batch_size}"
-            require(divides, f"--sizes must divide {batch_size}", size)
         datasets, num_steps, base = prepare(options)
+        for size in options.sizes:
+            check_batch({"m_sam": {"micro_batch_size": size}}, options.batch_size)
         txs = make_txs(options, base, num_steps)
         directory = make_run_directory(options.out, "m-sharpness")
     contestants = compare(options, datasets, txs)
     summary = summarize({name: c.curves for name, c in contestants.items()})
     title = (
         f"m-SAM, rho {options.rho:g}; digits, {100 * options.noise:g} % wrong labels, "
-        f"{options.seeds} seeds"
+        f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
     )
     print_table(summary, title)
     accuracies = {
@@ -90,6 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "settings": dataclasses.asdict(options),
             "versions": versions(),
             "methods": summary,
+            "test_accuracies": accuracies,
         },
     )
     print(f"Results in {directory}: m_sharpness.png, results.json")

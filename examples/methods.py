@@ -136,8 +136,8 @@ def hyperparameters(
 def check_batch(chosen: Mapping[str, Mapping[str, Any]], batch_size: int) -> None:
     """Raises a ValueError unless the micro-batches of every method divide a batch."""
     for method, values in chosen.items():
-        size = values.get("micro_batch_size", batch_size)
-        if size < 1 or batch_size % size:
+        size = values.get("micro_batch_size")
+        if size is not None and (size < 1 or batch_size % size):
             raise ValueError(
                 f"{method}.micro_batch_size must divide --batch-size {batch_size}, "
                 f"got {size}."

@@ -68,17 +68,20 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Prints final test accuracy and step time of each method."""
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    columns = ("test accuracy (%)", "validation (%)", "step (ms)", f"step / {BASELINE}")
+    columns = ["test accuracy (%)", "validation (%)", "step (ms)"]
+    ratio_key = f"step_time_over_{BASELINE}"
+    if any(ratio_key in figures for figures in summary.values()):
+        columns.append(f"step / {BASELINE}")
     for column in columns:
         table.add_column(column, justify="right")
     for method, figures in summary.items():
-        ratio = figures.get(f"step_time_over_{BASELINE}")
+        ratio = figures.get(ratio_key)
         table.add_row(
             method,
             _percent(figures["final_test_accuracy"]),
             _percent(figures["final_valid_accuracy"]),
             f"{1e3 * figures['step_seconds']:.2f}",
-            "" if ratio is None else f"{ratio:.2f}",
+            *([] if ratio is None else [f"{ratio:.2f}"]),
         )
     Console(highlight=False).print(table)
 
@@ -241,7 +244,7 @@ def plot_accuracy_over_size(
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("Examples that ascend together, m (the largest is SAM's batch)")
+    axes.set_xlabel("m, examples that ascend together")
     axes.set_ylabel("Test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -250,5 +253,5 @@ def plot_accuracy_over_size(
 
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    summary = _mean_and_std(values)
-    return summary["mean"] or 0.0, summary["std"] or 0.0
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(spread)

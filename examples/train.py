@@ -196,10 +196,10 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         defaults = CIFAR10_HYPERPARAMETERS if options.dataset == "cifar10" else {}
         chosen = hyperparameters([method], options.hyperparameters, defaults)[method]
-        check_batch({method: chosen}, recipe.batch_size)
         dataset = load(options)
         num_examples = len(dataset.train.labels)
         check_training(recipe, num_examples)
+        check_batch({method: chosen}, recipe.batch_size)
         epoch_steps = num_examples // recipe.batch_size
         num_steps = recipe.epochs * epoch_steps
         base = momentum_sgd(recipe.learning_rate, num_steps, recipe.weight_decay)

@@ -77,7 +77,8 @@ def m_sam(
       \qquad w_{t+1} = w_t + \text{base}\Big(
         \frac{1}{k} \sum_{j=1}^{k} \nabla f_{I_j}(w_t + \varepsilon_j)\Big)
 
-    The result does not depend on how many devices hold the batch; :math:`m = B` is SAM.
+    Under `jit` the result does not depend on how many devices hold the batch; it is SAM
+    for :math:`m = B`.
     A step costs two gradients, and through :func:`value_and_update` one forward pass
     more, which is that of the whole batch, for the value and the auxiliary data.
 

@@ -57,11 +57,13 @@ def sharpness_aware(
       \frac{1}{k} \sum_{j=1}^{k} \nabla f_{I_j}(w_t + \varepsilon_{t,j}), \qquad
       \varepsilon_{t,j} = \text{ascent}(\nabla f_{I_j}(w_t))
 
-    whatever the number of devices that hold the batch. All of them start from the
-    ascent's state before the step, which then advances once, along the mean of the
-    clean gradients: a moving average is that of the whole batch, and so are the scores
-    of :func:`sparsify_by_fisher`. A micro-batch has only its own examples for batch
-    normalisation.
+    whatever the number of devices that hold the batch under `jit`. All of them start
+    from the ascent's state before the step, random numbers included, and the state then
+    advances once, by the whole batch and along the mean of the clean gradients: a
+    moving average is that of the whole batch, and so are the scores of
+    :func:`sparsify_by_fisher`. To advance it, a mask that is due is made once more than
+    there are rounds, and RW-SAM probes the whole batch once more. A micro-batch has
+    only its own examples for batch normalisation.
 
     Args:
       base: The optimizer that moves the parameters, any Optax transformation.
@@ -71,9 +73,10 @@ def sharpness_aware(
         the whole batch. Neighbours along the first axis of the batch's leaves make up a
         micro-batch.
       micro_batches_at_once: How many micro-batches are computed side by side, by
-        `jax.vmap`; the others wait, in `jax.lax.scan`, and take no memory. None for
-        all. It changes nothing but rounding. Where devices share a batch, choose a
-        multiple of their number.
+        `jax.vmap`; the others wait, in `jax.lax.scan`, and take no memory beyond a sum
+        of gradients. None for all. It changes nothing but rounding. Where devices
+        share a batch, choose a multiple of their number: one at a time would be
+        computed by all of them. Unused without `micro_batch_size`.
 
     Returns:
       A transformation whose update is called as
@@ -85,10 +88,15 @@ def sharpness_aware(
         examples, shape `[B]`, or their mean as a scalar.
       * `grad_fn`: optional, `grad_fn(params)` replaces the gradient of the mean of
         `loss_fn` in the perturbed pass; then `loss_fn` is not needed. Not with
-        `micro_batch_size`, which also leaves `grads` unread.
+        `micro_batch_size`, which also leaves `grads` unread unless a micro-batch is
+        the whole batch.
       * `losses`, `pullback`: optional, the clean losses `[B]` and the function
         `weights[B] -> gradient of sum(weights * losses)`, for ascents that weight
         examples.
+
+      * `ascent_loss_fn`, `scoring_loss_fn`, `scoring_batch`: optional, the losses that
+        `losses` and the clean passes of micro-batches are of, in place of `loss_fn`;
+        those to score parameters by, and the examples to do it with.
 
       All of these reach the ascent. The base gets every other extra argument, and of
       these only what its update spells out by name (its own update, not one inside a
@@ -163,6 +171,7 @@ def sharpness_aware(
         extra_args |= _protocol.given(
             batch, loss_fn=loss_fn, grad_fn=grad_fn, losses=losses, pullback=pullback
         )
+        scoring_batch = extra_args.get("scoring_batch", batch)
 
         def ascend(gradient: optax.Updates, **others: Any) -> Ascended:
             ascended: Ascended = ascent.update(
@@ -172,16 +181,15 @@ def sharpness_aware(
 
         def over_micro_batch(micro_batch: Any) -> Passes:
             clean_fn = extra_args.get("ascent_loss_fn", loss_fn)
-            losses, pullback = _protocol.pass_over(micro_batch, clean_fn, params)
+            clean_fn = _protocol.checked("loss_fn", clean_fn, "params", "batch")
+            clean = _protocol.clean_arguments(
+                *_protocol.pass_over(micro_batch, clean_fn, params)
+            )
             return two_passes(
                 partial(
-                    ascend,
-                    batch=micro_batch,
-                    losses=losses,
-                    pullback=pullback,
-                    scoring_batch=batch,
+                    ascend, batch=micro_batch, scoring_batch=scoring_batch, **clean
                 ),
-                pullback(_protocol.uniform_weights(losses)),
+                clean["grad"],
                 params,
                 _protocol.gradient_function(loss_fn, micro_batch, None),
             )[0]
@@ -193,7 +201,7 @@ def sharpness_aware(
                 batch, micro_batch_size, micro_batches_at_once
             )
             passes = _micro_batch.mean(over_micro_batch, micro_batches, params)
-            _, ascent_state = ascend(passes.clean_gradient)
+            _, ascent_state = ascend(passes.clean_gradient, scoring_batch=scoring_batch)
         ascent_state = jax.tree.map(
             lambda new, old: jnp.where(passes.finite, new, old),
             ascent_state,

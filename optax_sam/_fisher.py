@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _protocol, _tree
+from optax_sam import _examples, _protocol, _tree
 from optax_sam._hyperparameter import check_integer
 
 
@@ -62,7 +62,7 @@ def fisher_diagonal(
     num_chunks = n // chunk_size
 
     def loss(params: optax.Params, example: Any) -> jax.Array:
-        losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+        losses = loss_fn(params, example)
         return _protocol.check_per_example("fisher_diagonal", losses, 1)[0]
 
     def add_squares(total: chex.ArrayTree, examples: Any) -> chex.ArrayTree:
@@ -75,17 +75,13 @@ def fisher_diagonal(
 
     total = jax.tree.map(_zeros, params)
     if num_chunks:
-        chunks = jax.tree.map(
-            lambda x: x[: num_chunks * chunk_size].reshape(
-                num_chunks, chunk_size, *x.shape[1:]
-            ),
-            examples,
-        )
+        full = jax.tree.map(lambda x: x[: num_chunks * chunk_size], examples)
+        chunks = _examples.cut(full, at_once=chunk_size, size=1)
         total, _ = jax.lax.scan(
             lambda total, chunk: (add_squares(total, chunk), None), total, chunks
         )
     if n % chunk_size:
-        rest = jax.tree.map(lambda x: x[num_chunks * chunk_size :], examples)
+        rest = jax.tree.map(lambda x: x[num_chunks * chunk_size :, None], examples)
         total = add_squares(total, rest)
     return jax.tree.map(lambda t: t / n, total)
 
@@ -135,22 +131,7 @@ def fisher_from_probes(
 
 def first_examples(owner: str, batch: Any, num_examples: Any) -> Any:
     """The first examples of a batch, all of them if it has fewer."""
-    sizes = set()
-    for path, x in jax.tree.leaves_with_path(batch):
-        if not jnp.ndim(x):
-            raise ValueError(
-                f"{owner}: batch{jax.tree_util.keystr(path)} is a scalar, but single "
-                "examples are taken along the first axis of all arrays in the batch; "
-                "hand what the examples share to the loss in another way, as an "
-                "argument of value_and_update's step after the batch, say."
-            )
-        sizes.add(jnp.shape(x)[0])
-    if len(sizes) != 1:
-        raise ValueError(
-            f"{owner}: the arrays of the batch must have one axis of examples in "
-            f"common, their first; got lengths {sorted(sizes) or 'of no arrays'}."
-        )
-    n = sizes.pop()
+    n = _examples.count(owner, batch)
     if num_examples is not None:
         n = min(n, check_integer(owner, "num_examples", num_examples, low=1))
     return jax.tree.map(lambda x: x[:n], batch)

@@ -8,29 +8,28 @@ r"""m-SAM: the two passes over every micro-batch of a batch, and the mean of the
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _tree
+from optax_sam import _examples, _tree
 from optax_sam._passes import Passes
+
+_OWNER = "sharpness_aware"
 
 
 def is_whole(batch: Any, size: int) -> bool:
     """Whether a micro-batch of this size is all of the batch."""
-    return _num_examples(batch) == size
+    return _examples.count(_OWNER, batch) == size
 
 
 def split(batch: Any, size: int, at_once: int | None) -> Any:
-    """Cuts a batch `[B, ...]` into micro-batches `[rounds, at_once, size, ...]`.
-
-    A micro-batch is `size` neighbours. Those of one round are as far apart as they can
-    be, so that each device that holds a part of the batch has its share of every round.
-    """
-    num_examples = _num_examples(batch)
+    """Cuts a batch `[B, ...]` into micro-batches `[rounds, at_once, size, ...]`."""
+    num_examples = _examples.count(_OWNER, batch)
     if num_examples % size:
         raise ValueError(
-            f"sharpness_aware: micro_batch_size = {size} does not divide the batch of "
+            f"{_OWNER}: micro_batch_size = {size} does not divide the batch of "
             f"{num_examples} examples; drop the incomplete micro-batch, or choose one "
             f"of {[m for m in range(1, num_examples + 1) if num_examples % m == 0]}."
         )
@@ -38,38 +37,11 @@ def split(batch: Any, size: int, at_once: int | None) -> Any:
     at_once = num_micro_batches if at_once is None else min(at_once, num_micro_batches)
     if num_micro_batches % at_once:
         raise ValueError(
-            f"sharpness_aware: micro_batches_at_once = {at_once} does not divide the "
+            f"{_OWNER}: micro_batches_at_once = {at_once} does not divide the "
             f"{num_micro_batches} micro-batches of a batch of {num_examples} examples; "
             "choose a divisor, or None for all at once."
         )
-
-    def cut(x: Any) -> jax.Array:
-        parts = jnp.reshape(x, (at_once, -1, size, *jnp.shape(x)[1:]))
-        return jnp.swapaxes(parts, 0, 1)
-
-    return jax.tree.map(cut, batch)
-
-
-def _num_examples(batch: Any) -> int:
-    """The length of the first axis of every leaf of a batch."""
-    sizes = {}
-    for path, x in jax.tree.leaves_with_path(batch):
-        name = f"batch{jax.tree_util.keystr(path)}"
-        if not jnp.ndim(x):
-            raise ValueError(
-                f"sharpness_aware: {name} is a scalar, and micro_batch_size cuts every "
-                "leaf of the batch along its first axis, the examples; pass what all "
-                "examples share as a further argument of loss_fn."
-            )
-        sizes[name] = jnp.shape(x)[0]
-    if len(set(sizes.values())) != 1:
-        raise ValueError(
-            "sharpness_aware: micro_batch_size cuts every leaf of the batch along its "
-            f"first axis, whose lengths are {sizes or 'none: the batch is empty'}; "
-            "pass a batch whose leaves have one entry for each example."
-        )
-    size: int = sizes.popitem()[1]
-    return size
+    return _examples.cut(batch, at_once, size)
 
 
 def mean(
@@ -81,37 +53,28 @@ def mean(
     """
     rounds, at_once = jax.tree.leaves(micro_batches)[0].shape[:2]
 
-    def over_round(micro_batches: Any) -> Passes:
+    def over_round(micro_batches: Any) -> tuple[chex.ArrayTree, jax.Array]:
         if at_once == 1:  # Without vmap, which makes convolutions grouped ones.
             one = passes(jax.tree.map(lambda x: x[0], micro_batches))
             several = jax.tree.map(lambda x: x[None], one)
         else:
             several = jax.vmap(passes)(micro_batches)
-        total: Passes = jax.tree.map(_sum, several)
-        return total
+        gradients = several.clean_gradient, several.gradient
+        return jax.tree.map(_sum, gradients), jnp.all(several.finite)
 
-    def step(total: Passes, micro_batches: Any) -> tuple[Passes, None]:
-        return jax.tree.map(_add, total, over_round(micro_batches)), None
+    def step(total: chex.ArrayTree, micro_batches: Any) -> tuple[Any, jax.Array]:
+        new, finite = over_round(micro_batches)
+        return jax.tree.map(jnp.add, total, new), finite
 
     if rounds == 1:
-        total = over_round(jax.tree.map(lambda x: x[0], micro_batches))
+        total, finite = over_round(jax.tree.map(lambda x: x[0], micro_batches))
     else:
         zeros = jax.tree.map(lambda p: _sum(jnp.zeros_like(p)[None]), params)
-        start = Passes(zeros, zeros, jnp.array(True))
-        total, _ = jax.lax.scan(step, start, micro_batches)
-    clean, gradient = (
-        _tree.cast_like(jax.tree.map(lambda x: x / (rounds * at_once), tree), params)
-        for tree in (total.clean_gradient, total.gradient)
-    )
-    return Passes(clean, gradient, total.finite)
+        total, finite = jax.lax.scan(step, (zeros, zeros), micro_batches)
+    means = jax.tree.map(lambda x: x / (rounds * at_once), total)
+    clean, gradient = (_tree.cast_like(tree, params) for tree in means)
+    return Passes(clean, gradient, jnp.all(finite))
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Adds along the first axis; of bools, whether all are true."""
-    if x.dtype == jnp.bool_:
-        return jnp.all(x, axis=0)
     return jnp.sum(x, axis=0, dtype=_tree.accumulator_dtype(x.dtype))
-
-
-def _add(x: jax.Array, y: jax.Array) -> jax.Array:
-    return x & y if x.dtype == jnp.bool_ else x + y

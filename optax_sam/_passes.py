@@ -101,5 +101,5 @@ def _read(
     own = [e for e, u in zip(made, unread, strict=True) if u and not _tree.is_absent(e)]
     if own:
         numbers = jax.tree.leaves(state)
-        own += [x for x in numbers if jnp.issubdtype(x.dtype, jnp.floating)]
+        own += [x for x in numbers if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     return [g for g, u in zip(leaves, unread, strict=True) if not u] + own

@@ -219,6 +219,23 @@ def pass_over(batch: Any, loss_fn: Any, params: optax.Params) -> Any:
     return linearise(lambda p: check_losses(loss_fn(p, batch)), params)
 
 
+def clean_arguments(
+    losses: jax.Array, pullback: Callable[[jax.Array], optax.Updates]
+) -> dict[str, Any]:
+    """The extra arguments that describe a clean pass."""
+    return {
+        "losses": losses,
+        "pullback": pullback,
+        "value": mean_loss(losses),
+        "grad": pullback(uniform_weights(losses)),
+    }
+
+
+def mean_loss(losses: jax.Array) -> jax.Array:
+    """The mean of losses, in float32 or wider."""
+    return jnp.mean(losses, dtype=_tree.accumulator_dtype(losses.dtype))
+
+
 def uniform_weights(losses: jax.Array) -> jax.Array:
     """The weights that average `losses`: `1 / B` each, or 1 for a scalar."""
     return jnp.full_like(losses, 1 / losses.size)

@@ -51,7 +51,7 @@ def reweight_by_sharpness(
         schedule of the count of steps.
       key: An int or a JAX PRNG key. Signs depend on it and the count of steps alone.
       delta: Step :math:`\delta > 0` of each parameter, in its units and its dtype: in
-        bfloat16 it is rounded away, use "jvp". A scalar, or a schedule.
+        half precision it is rounded away, use "jvp". A scalar, or a schedule.
       num_probes: Number of :math:`z`; :math:`s_i` is the root mean square over them.
       estimator: "finite_difference", or "jvp" for :math:`z^\top \nabla f_i(x)` itself.
       normalize: Whether to divide :math:`s` by its mean; no scale of the loss matters.
@@ -60,7 +60,8 @@ def reweight_by_sharpness(
       A link of an ascent for :func:`optax_sam.sharpness_aware`. Its update needs
       `params`, a tree of arrays of any shapes, and `loss_fn` and `batch`, which give
       losses [B]; the result has the parameters' shapes and dtypes. Without `losses` and
-      `pullback` the clean forward pass is run again, a third of a base step.
+      `pullback` the clean forward pass is run again, a third of a base step. With
+      :mod:`optax_sam.implicit` in the clean pass, "jvp" is not to be had.
 
     Raises:
       TypeError: If `strength` or `delta` is neither a real scalar nor callable, `key`
@@ -113,9 +114,12 @@ def reweight_by_sharpness(
         batch: Any = _protocol.MISSING,
         losses: jax.Array | None = None,
         pullback: Callable[[jax.Array], optax.Updates] | None = None,
+        ascent_loss_fn: Callable[..., jax.Array] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightBySharpnessState]:
         del extra_args
+        # The losses to compare with are those of the clean pass.
+        loss_fn = loss_fn if ascent_loss_fn is None else ascent_loss_fn
         _protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
         loss_fn = _protocol.checked("loss_fn", loss_fn, "params", "batch")
 

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from optax_sam import _protocol, _tree
+from optax_sam import _protocol
 
 LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
@@ -45,10 +44,10 @@ def value_and_update(
         only, so batch statistics never see perturbed parameters.
       ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
         may read a cheaper gradient: that of layers from :mod:`optax_sam.implicit`, or
-        of a part of the batch, or of each micro-batch. The perturbed pass remains that of `loss_fn`. It is
-        called as `loss_fn` and returns the same kind of values, which are what the step
-        reports; ascents that weight examples want a loss for each one in the batch. An
-        optimizer that is not sharpness-aware descends along its gradient.
+        of a part of the batch. The perturbed pass remains that of `loss_fn`. It is
+        called as `loss_fn`, with `micro_batch_size` also on every micro-batch, and
+        returns the same kind of values, which are what the step reports. An optimizer
+        that is not sharpness-aware descends along its gradient.
       scoring_loss_fn: Called as `loss_fn`, and returns losses `[B]` without auxiliary
         data: what :func:`sparsify_by_fisher` scores parameters by in place of
         `loss_fn`, such as those in evaluation mode.
@@ -102,18 +101,13 @@ def value_and_update(
             first = 1 if args else 0
             return lambda params, batch: fn(params, *(batch,)[:first], *args[first:])[0]
 
-        grads = pullback(_protocol.uniform_weights(losses))
-        value = _mean(losses)
+        clean = _protocol.clean_arguments(losses, pullback)
         batch = args[0] if args else ()
         batch_losses = of_batch(perturbed_fn)
         value_fn = _value_function(batch_losses, batch)
-        extra_args = {
+        extra_args = clean | {
             "loss_fn": batch_losses,
             "batch": batch,
-            "losses": losses,
-            "pullback": pullback,
-            "value": value,
-            "grad": grads,
             "value_fn": value_fn,
             "obj_fn": value_fn,
         }
@@ -122,8 +116,12 @@ def value_and_update(
         if ascent_loss_fn is not None:
             extra_args["ascent_loss_fn"] = of_batch(clean_fn)
         updates, opt_state = tx.update(
-            grads, opt_state, params, **_protocol.accepted(tx.update, extra_args)
+            clean["grad"],
+            opt_state,
+            params,
+            **_protocol.accepted(tx.update, extra_args),
         )
+        value = clean["value"]
         return ((value, aux) if has_aux else value), updates, opt_state
 
     return step
@@ -152,10 +150,6 @@ def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
     return losses_and_aux
 
 
-def _mean(losses: jax.Array) -> jax.Array:
-    return jnp.mean(losses, dtype=_tree.accumulator_dtype(losses.dtype))
-
-
 def _value_function(
     loss_fn: Callable[..., jax.Array], batch: Any
 ) -> Callable[..., jax.Array]:
@@ -174,6 +168,6 @@ def _value_function(
         ascent_loss_fn: Any = None,
     ) -> jax.Array:
         del losses, pullback, obj_fn, scoring_loss_fn, ascent_loss_fn
-        return _mean(loss_fn(params, batch))
+        return _protocol.mean_loss(loss_fn(params, batch))
 
     return value_fn

@@ -54,7 +54,8 @@ def scale_to_unit(tree: chex.ArrayTree) -> chex.ArrayTree:
     wider, and its entries are in [-1, 1] whatever the scale and type of `tree`.
     """
     leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
-    largest = jnp.max(stack([jnp.zeros([]), *leaves]))
+    largest = jnp.max(stack(leaves), initial=0.0)
+    largest = largest.astype(jnp.promote_types(largest.dtype, jnp.zeros([]).dtype))
     # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
     largest = jnp.where(largest == 0, 1, largest)
     return map_present(lambda x: x / largest, tree)
@@ -76,7 +77,7 @@ def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:
     """
     unit = scale_to_unit(tree)
     squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(unit)]
-    total = jnp.sum(stack([jnp.zeros([]), *squares]))
+    total = jnp.sum(stack(squares))
     # Fires where the tree is all zeros: any other has an entry of size one here.
     factor = norm / jnp.sqrt(jnp.where(total == 0, 1, total))
     return map_present(lambda x: x * factor, unit)

@@ -49,10 +49,8 @@ def on_devices(tx, layout):
 
 def collectives(compiled):
     """Kind and number of entries of every collective in a program."""
-    found = re.findall(
-        r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(",
-        compiled.as_text(),
-    )
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (.*) ({kinds})(?:-start)?\(", compiled.as_text())
     return [
         (
             kind,
@@ -74,9 +72,10 @@ def test_steps_on_many_devices_are_those_on_one(method, layout):
     expected = PROBLEM.params, tx.init(PROBLEM.params)
     alone = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
     for _ in range(3):
+        shardings = jax.tree.map(lambda x: x.sharding, state)
         value, updates, state = step(params, state, batch)
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
         params = layout(optax.apply_updates(params, updates))
-        state = layout(state)
         loss, updates, single = alone(*expected, PROBLEM.batch)
         expected = optax.apply_updates(expected[0], updates), single
         assert value == pytest.approx(float(loss), rel=1e-5)
@@ -84,11 +83,11 @@ def test_steps_on_many_devices_are_those_on_one(method, layout):
 
 
 @layouts
-@pytest.mark.parametrize("at_once", [1, DEVICES, None])
-@pytest.mark.parametrize("size", [2, BATCH // DEVICES, 32])
+@pytest.mark.parametrize(
+    ("size", "at_once"), [(2, 1), (2, DEVICES), (8, 1), (8, None), (32, 1), (32, None)]
+)
 def test_micro_batches_do_not_depend_on_the_devices(size, at_once, layout):
     """Smaller than the part of a device, that part, and spread over four devices."""
-    at_once = None if at_once and at_once * size > BATCH else at_once
     tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, size, micro_batches_at_once=at_once)
     inputs, step = on_devices(tx, layout)
     _, updates, _ = step(*inputs)
@@ -124,4 +123,50 @@ def test_state_and_masks_cause_no_traffic(method):
         _, step = on_devices(tx, data_parallel)
         return [(kind, size) for kind, size in collectives(step) if size > DEVICES]
 
+    assert len(arrays("sam")) == 2
     assert arrays(method) == arrays("sam")
+
+
+@pytest.mark.parametrize("size", [2, BATCH // DEVICES, 32, BATCH])
+@pytest.mark.parametrize("at_once", [1, None])
+def test_micro_batches_and_scores_on_a_mesh_of_explicit_axes(size, at_once):
+    explicit = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    ascent = optax.chain(
+        optax_sam.scale_to_radius(0.1),
+        optax_sam.sparsify_by_fisher(optax_sam.n_m(2, 4), refresh_every=1),
+    )
+    tx = optax_sam.sharpness_aware(
+        optax.sgd(1.0), ascent, micro_batch_size=size, micro_batches_at_once=at_once
+    )
+    step = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
+    state = tx.init(PROBLEM.params)
+    _, expected, _ = step(PROBLEM.params, state, PROBLEM.batch)
+    with jax.set_mesh(explicit):
+        everywhere = jax.device_put(
+            (PROBLEM.params, state), NamedSharding(explicit, PartitionSpec())
+        )
+        batch = jax.device_put(
+            PROBLEM.batch, NamedSharding(explicit, PartitionSpec("data"))
+        )
+        _, updates, _ = step(*everywhere, batch)
+    problems.assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_of_each_device_by_itself():
+    """In `shard_map`, with parameters that may differ between the devices."""
+    tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, 2)
+    step = optax_sam.value_and_update(PROBLEM.loss_fn, tx)
+    state = tx.init(PROBLEM.params)
+
+    def local(params, batch):
+        params = jax.lax.pcast(params, "data", to="varying")
+        _, updates, _ = step(params, jax.lax.pcast(state, "data", to="varying"), batch)
+        return jax.lax.pmean(updates, "data")
+
+    spec = PartitionSpec("data")
+    mapped = jax.shard_map(
+        local, mesh=mesh(), in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec()
+    )
+    _, expected, _ = step(PROBLEM.params, state, PROBLEM.batch)
+    updates = jax.jit(mapped)(PROBLEM.params, PROBLEM.batch)
+    problems.assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)

@@ -73,9 +73,13 @@ def test_m_sharpness_plots_accuracy_over_the_size_of_micro_batches(tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sizes", "64", "24"], "--sizes must divide --batch-size 64, got 24"),
+        (
+            ["--sizes", "64", "24"],
+            "m_sam.micro_batch_size must divide --batch-size 64, got 24",
+        ),
         (["--sizes"], "--sizes must be given, got none"),
         (["--rho", "-1"], "rho = -1 is out of range"),
+        (["--width", "6"], "--width must be a multiple of 4 for groups of channels"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
     ],
 )

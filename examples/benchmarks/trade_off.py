@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ class Options(NoisyDigits):
     skip_timing: bool = False
     """Leave the times out: for when the machine is busy."""
     stages: tyro.conf.Suppress[tuple[int, ...]] = (1, 1, 1)
+    norm: tyro.conf.Suppress[Literal["batch"]] = "batch"
     dropout: tyro.conf.Suppress[float] = 0.0  # The configurations name the layers.
 
 

@@ -32,7 +32,7 @@ def group_norm(*, train: bool, dtype: DTypeLike, num_groups: int = 8) -> nn.Modu
     return nn.GroupNorm(num_groups=num_groups, dtype=dtype)
 
 
-# Every number of channels here is a multiple of 4.
+# With 4 groups, which widths that are multiples of 4 allow.
 NORMS: Mapping[str, Layer] = {
     "batch": batch_norm,
     "group": partial(group_norm, num_groups=4),

@@ -1,0 +1,58 @@
+"""A batch as what it is made of: examples along the first axis of its arrays."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def count(owner: str, batch: Any) -> int:
+    """The number of examples in a batch; refuses one that cannot be cut."""
+    sizes = set()
+    for path, x in jax.tree.leaves_with_path(batch):
+        if not jnp.ndim(x):
+            raise ValueError(
+                f"{owner}: batch{jax.tree_util.keystr(path)} is a scalar, but examples "
+                "are taken along the first axis of all arrays in the batch; hand what "
+                "the examples share to the loss in another way, as an argument of "
+                "value_and_update's step after the batch, say."
+            )
+        sizes.add(jnp.shape(x)[0])
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{owner}: the arrays of the batch must have one axis of examples in "
+            f"common, their first; got lengths {sorted(sizes) or 'of no arrays'}."
+        )
+    return int(sizes.pop())
+
+
+def cut(batch: Any, at_once: int, size: int) -> Any:
+    """Cuts a batch `[B, ...]` into groups `[rounds, at_once, size, ...]`.
+
+    A group is `size` neighbours. Those of one round are as far apart as they can be, so
+    that every device that holds a part of the batch has its share of every round.
+    """
+
+    def cut_one(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        groups = _reshape(x, (at_once, x.shape[0] // (at_once * size), size))
+        return jnp.swapaxes(groups, 0, 1)
+
+    return jax.tree.map(cut_one, batch)
+
+
+def _reshape(x: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Cuts the first axis; on a mesh of explicit axes, says where the parts go."""
+    whole = (*shape, *x.shape[1:])
+    sharding = jax.typeof(x).sharding
+    axes, *others = sharding.spec or (None,)
+    if axes is None:
+        return jnp.reshape(x, whole)
+    devices = math.prod(sharding.mesh.shape[a] for a in jax.tree.leaves(axes))
+    first, _, last = (axes if n % devices == 0 else None for n in shape)
+    # The rounds remain in one piece: a scan goes along them.
+    spec = (first, None, None if first else last, *others)
+    make_spec: Any = jax.sharding.PartitionSpec  # Its constructor is not typed.
+    out_sharding = jax.sharding.NamedSharding(sharding.mesh, make_spec(*spec))
+    return jnp.reshape(x, whole, out_sharding=out_sharding)
