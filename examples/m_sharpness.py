@@ -33,7 +33,7 @@ class Options(NoisyDigits):
 
     sizes: tuple[int, ...] = (64, 32, 16, 8, 4)
     """The m, each of which must divide the batch."""
-    rho: float = 0.25
+    rho: float = 0.1
     """Radius of all perturbations."""
     strength: float = 0.1
     """The strength of RW-SAM."""

@@ -101,9 +101,17 @@ def test_step_cost_refuses_no_rounds(capsys):
 
 
 @pytest.mark.parametrize(
-    "script", ["step_cost.py", "sparse_cost.py", "top_k.py", "finite_difference.py"]
+    ("script", "option"),
+    [
+        ("step_cost.py", "--json"),
+        ("sparse_cost.py", "--json"),
+        ("top_k.py", "--json"),
+        ("finite_difference.py", "--json"),
+        ("sparse_accuracy.py", "--configurations"),
+        ("reweight_accuracy.py", "--configurations"),
+    ],
 )
-def test_a_benchmark_runs_as_a_script(script):
+def test_a_benchmark_runs_as_a_script(script, option):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     completed = subprocess.run(
         [sys.executable, f"examples/benchmarks/{script}", "--help"],
@@ -114,4 +122,4 @@ def test_a_benchmark_runs_as_a_script(script):
         timeout=120,
     )
     assert completed.returncode == 0, completed.stderr
-    assert "--json" in completed.stdout
+    assert option in completed.stdout

@@ -101,7 +101,7 @@ def measure_errors(
     # This generator compiles faster than the default one.
     keys = jax.random.split(jax.random.key(0, impl="rbg"), options.directions)
     exact: Any = None
-    case = f"{measure.num_bytes(rounded) // 2:,} weights"
+    case = f"{sum(x.size for x in jax.tree.leaves(rounded)):,} weights"
     rows: dict[str, dict[str, float]] = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         params = optax.tree.cast(rounded, dtype)
