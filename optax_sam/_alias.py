@@ -85,7 +85,8 @@ def m_sam(
     Args:
       base: The optimizer that moves the parameters.
       rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
-        base itself. A scalar, or a schedule of the count of steps.
+        base itself. Smaller micro-batches want a smaller one, in our trials SAM's times
+        the root of :math:`m / B`. A scalar, or a schedule of the count of steps.
       micro_batch_size: The number :math:`m` of examples, which must divide the batch.
       micro_batches_at_once: How many micro-batches are computed side by side; the
         others wait. None for all. More take more memory, each the size of the
@@ -432,8 +433,8 @@ def rw_sam(
       base: The optimizer that moves the parameters.
       rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
         base itself. A scalar, or a schedule of the count of steps.
-      strength: :math:`\lambda \ge 0`, in units of :math:`1 / s_i`; 0 is SAM. A scalar,
-        or a schedule.
+      strength: :math:`\lambda \ge 0`, in units of :math:`1 / s_i`; 0 is SAM. The larger
+        it is, the larger a :math:`\rho` it wants. A scalar, or a schedule.
       key: An int or JAX PRNG key.
       delta: Step of the finite difference; see :func:`reweight_by_sharpness`.
       num_probes: Number of random directions.

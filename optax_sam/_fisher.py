@@ -62,7 +62,7 @@ def fisher_diagonal(
     num_chunks = n // chunk_size
 
     def loss(params: optax.Params, example: Any) -> jax.Array:
-        losses = loss_fn(params, example)
+        losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
         return _protocol.check_per_example("fisher_diagonal", losses, 1)[0]
 
     def add_squares(total: chex.ArrayTree, examples: Any) -> chex.ArrayTree:
@@ -75,13 +75,17 @@ def fisher_diagonal(
 
     total = jax.tree.map(_zeros, params)
     if num_chunks:
-        full = jax.tree.map(lambda x: x[: num_chunks * chunk_size], examples)
-        chunks = _examples.cut(full, at_once=chunk_size, size=1)
+        chunks = jax.tree.map(
+            lambda x: x[: num_chunks * chunk_size].reshape(
+                num_chunks, chunk_size, *x.shape[1:]
+            ),
+            examples,
+        )
         total, _ = jax.lax.scan(
             lambda total, chunk: (add_squares(total, chunk), None), total, chunks
         )
     if n % chunk_size:
-        rest = jax.tree.map(lambda x: x[num_chunks * chunk_size :, None], examples)
+        rest = jax.tree.map(lambda x: x[num_chunks * chunk_size :], examples)
         total = add_squares(total, rest)
     return jax.tree.map(lambda t: t / n, total)
 

@@ -129,15 +129,9 @@ def test_state_and_masks_cause_no_traffic(method):
 
 @pytest.mark.parametrize("size", [2, BATCH // DEVICES, 32, BATCH])
 @pytest.mark.parametrize("at_once", [1, None])
-def test_micro_batches_and_scores_on_a_mesh_of_explicit_axes(size, at_once):
+def test_micro_batches_on_a_mesh_of_explicit_axes(size, at_once):
     explicit = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    ascent = optax.chain(
-        optax_sam.scale_to_radius(0.1),
-        optax_sam.sparsify_by_fisher(optax_sam.n_m(2, 4), refresh_every=1),
-    )
-    tx = optax_sam.sharpness_aware(
-        optax.sgd(1.0), ascent, micro_batch_size=size, micro_batches_at_once=at_once
-    )
+    tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, size, micro_batches_at_once=at_once)
     step = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
     state = tx.init(PROBLEM.params)
     _, expected, _ = step(PROBLEM.params, state, PROBLEM.batch)

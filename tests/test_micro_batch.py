@@ -302,9 +302,7 @@ def test_batches_that_cannot_be_cut():
     x, labels = problem.batch
     with pytest.raises(ValueError, match=r"batch\['t'\] is a scalar"):
         run(leafy, {"examples": (x, labels), "t": jnp.float32(1)})
-    with pytest.raises(
-        ValueError, match=r"\['examples'\]\[0\]\": 16.*\['extra'\]\": 3"
-    ):
+    with pytest.raises(ValueError, match=r"got lengths \[3, 16\]"):
         run(leafy, {"examples": (x, labels), "extra": jnp.ones(3)})
     constant = problem._replace(loss_fn=lambda p, b: problem.loss_fn(p, (x, labels)))
     with pytest.raises(ValueError, match="got lengths of no arrays"):

@@ -435,15 +435,19 @@ def trained_by_rw_sam():
 
 
 @pytest.mark.parametrize("companion", COMPANIONS.values(), ids=COMPANIONS)
-def test_combined_methods_fall_back_to_each_other_bit_for_bit(companion):
+def test_combined_methods_fall_back_to_each_other(companion):
+    """Up to the last rounding, which XLA may do in another order."""
     reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
     alone = trained(*companion((), on=True))
-    problems.assert_trees_equal(trained(*companion((uniform,), on=True)), alone)
+    tolerances = {"rtol": 1e-5, "atol": 1e-6}
+    even = trained(*companion((uniform,), on=True))
+    problems.assert_trees_close(even, alone, **tolerances)
     plain = trained(*companion((reweight,), on=False))
-    problems.assert_trees_equal(plain, trained_by_rw_sam())
+    problems.assert_trees_close(plain, trained_by_rw_sam(), **tolerances)
     combined = trained(*companion((reweight,), on=True))
-    problems.assert_trees_differ(combined, alone)
-    problems.assert_trees_differ(combined, plain)
+    for other in (alone, plain):
+        difference = jax.tree.map(jnp.subtract, combined, other)
+        assert problems.norm(difference) > 1e-4
 
 
 def test_the_average_is_that_of_reweighted_gradients():

@@ -130,11 +130,10 @@ def test_every_step_has_its_own_dropout():
 def test_every_method_learns(method):
     dataset = make_dataset()
     base = momentum_sgd(0.05, 60, 0.0)
-    # The defaults are for a larger model.
+    # The defaults are for a larger model and larger batches.
+    small = {"rho": 0.05, "micro_batch_size": 4}
     values = hyperparameters([method])[method]
-    tx = make_tx(
-        method, base, {k: 0.05 if k == "rho" else v for k, v in values.items()}, 60
-    )
+    tx = make_tx(method, base, {k: small.get(k, v) for k, v in values.items()}, 60)
     indices = jnp.concatenate(
         [shuffled_batches(jax.random.key(epoch), 16, 8) for epoch in range(30)]
     )

@@ -96,10 +96,10 @@ ROWS: Mapping[str, Row] = {
     "optax_sam.asam": engine(optax_sam.asam(BASE, 10 * RHO)),
     "optax_sam.vasso": engine(optax_sam.vasso(BASE, RHO, theta=0.4)),
     "optax_sam.rw_sam": engine(optax_sam.rw_sam(BASE, RHO, strength=0.1)),
-    "optax_sam.rw_sam, jvp": engine(
+    "optax_sam.rw_sam jvp": engine(
         optax_sam.rw_sam(BASE, RHO, strength=0.1, estimator="jvp")
     ),
-    "optax_sam.m_sam, m = B / 4": in_quarters,
+    "optax_sam.m_sam": in_quarters,
 }
 
 
