@@ -93,7 +93,6 @@ def sharpness_aware(
       * `losses`, `pullback`: optional, the clean losses `[B]` and the function
         `weights[B] -> gradient of sum(weights * losses)`, for ascents that weight
         examples.
-
       * `ascent_loss_fn`, `scoring_loss_fn`, `scoring_batch`: optional, the losses that
         `losses` and the clean passes of micro-batches are of, in place of `loss_fn`;
         those to score parameters by, and the examples to do it with.

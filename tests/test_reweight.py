@@ -434,16 +434,17 @@ def trained_by_rw_sam():
     return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
 
 
-@pytest.mark.parametrize("companion", COMPANIONS.values(), ids=COMPANIONS)
-def test_combined_methods_fall_back_to_each_other(companion):
-    """Up to the last rounding, which XLA may do in another order."""
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_combined_methods_fall_back_to_each_other(name):
+    companion = COMPANIONS[name]
+    # Three in one chain were once off by one rounding in 2 of 24 weights.
+    exactly = {"rtol": 0, "atol": 0} if " and " not in name else {"rtol": 5e-7}
     reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
     alone = trained(*companion((), on=True))
-    tolerances = {"rtol": 1e-5, "atol": 1e-6}
     even = trained(*companion((uniform,), on=True))
-    problems.assert_trees_close(even, alone, **tolerances)
+    problems.assert_trees_close(even, alone, **exactly)
     plain = trained(*companion((reweight,), on=False))
-    problems.assert_trees_close(plain, trained_by_rw_sam(), **tolerances)
+    problems.assert_trees_close(plain, trained_by_rw_sam(), **exactly)
     combined = trained(*companion((reweight,), on=True))
     for other in (alone, plain):
         difference = jax.tree.map(jnp.subtract, combined, other)
