@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _mask, _protocol, _top_k, _tree
+from optax_sam._devices import place_like
 from optax_sam._hyperparameter import (
     ScalarOrSchedule,
     as_key,
@@ -94,10 +95,14 @@ def sparsify_dynamically(
 
     def init_fn(params: optax.Params) -> SparsifyDynamicallyState:
         first = jax.random.fold_in(seed, 2**32 - 1)  # No count of steps gets there.
-        ranks = _random_ranks(first, params)
+
+        def draw(params: optax.Params) -> chex.ArrayTree:
+            ranks = _random_ranks(first, params)
+            return place_like(_top_k.largest(ranks, num_kept(params, sparsity)), params)
+
         return SparsifyDynamicallyState(
             count=jnp.zeros([], jnp.int32),
-            mask=_top_k.largest(ranks, num_kept(params, sparsity)),
+            mask=jax.jit(draw)(params),  # One compilation, not one for each operation.
             key=key_data(seed),
         )
 
@@ -128,7 +133,7 @@ def sparsify_dynamically(
             return _exchange(mask, share, dropping, growing)
 
         due = state.count % refresh_every == 0
-        mask = _mask.refresh_if(due, new_mask, state.mask)
+        mask = _mask.refresh_if(due, new_mask, state.mask, updates)
         count = optax.safe_increment(state.count)
         return masked, SparsifyDynamicallyState(count, mask, state.key)
 
@@ -193,9 +198,10 @@ def _random_ranks(key: jax.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
     def draw(i: int, leaf: Any) -> Any:
         if _tree.is_absent(leaf):
             return leaf
-        # All above 0; far more values than a random float has, hence few ties.
+        # All above 0; far more values than a random float has, hence few ties. On a
+        # mesh of explicit axes they are placed as the leaf is.
         bits = jax.random.bits(jax.random.fold_in(key, i), jnp.shape(leaf), jnp.uint32)
-        return bits | jnp.uint32(1)
+        return bits | jnp.ones_like(leaf, dtype=jnp.uint32)
 
     return jax.tree.unflatten(structure, [draw(i, x) for i, x in enumerate(leaves)])
 

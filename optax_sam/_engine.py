@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _micro_batch, _protocol
+from optax_sam import _micro_batch, _protocol, _tree
+from optax_sam._ascend import Step
+from optax_sam._devices import AxisName, Devices, place_like
 from optax_sam._hyperparameter import check_integer
-from optax_sam._passes import Ascended, Passes, two_passes
 
 
 def sharpness_aware(
@@ -27,6 +28,8 @@ def sharpness_aware(
     *,
     micro_batch_size: int | None = None,
     micro_batches_at_once: int | None = 1,
+    axis_name: AxisName | None = None,
+    sync_ascent: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descends along the gradient at the point that an ascent leads to.
 
@@ -38,11 +41,11 @@ def sharpness_aware(
     that the ascent gives back as `optax.MaskedNode` are not perturbed. Ascents combine
     with :func:`optax.chain`.
 
-    A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
-    ascent's state as it was; of an ascent that takes a gradient of its own, what it
-    makes of that counts. What the base then does with the gradient at :math:`w` is
-    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
-    the ascent count the ascents that were made.
+    A clean gradient that is not finite gives :math:`\varepsilon = 0`; of an ascent that
+    takes a gradient of its own, what it makes of that counts. If either gradient is not
+    finite, the ascent's state stays as it was, so schedules in it count the ascents
+    that were made. What the base then does with the gradient is up to the base: wrap
+    it in `optax.apply_if_finite` to skip the step.
 
     Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
@@ -71,12 +74,25 @@ def sharpness_aware(
         :func:`optax_sam.scale_to_radius`.
       micro_batch_size: Examples of a micro-batch, which must divide the batch; None for
         the whole batch. Neighbours along the first axis of the batch's leaves make up a
-        micro-batch.
+        micro-batch. With an axis of devices, those of one device do.
       micro_batches_at_once: How many micro-batches are computed side by side, by
         `jax.vmap`; the others wait, in `jax.lax.scan`, and take no memory beyond a sum
         of gradients. None for all. It changes nothing but rounding. Where devices
         share a batch, choose a multiple of their number: one at a time would be
         computed by all of them. Unused without `micro_batch_size`.
+      axis_name: The axis, or axes, of `jax.shard_map` or `jax.pmap` over which devices
+        share the batch, where update is called inside of one: `grads`, `batch`,
+        `losses`, `pullback` and what `grad_fn` returns are then those of one device,
+        and updates and state those of one device with all examples. Inside of
+        `shard_map` take `grads` with respect to
+        `jax.lax.pcast(params, axis_name, to="varying")`: with respect to `params`
+        itself JAX gives the sum over devices. :func:`value_and_update` with an
+        `axis_name` of its own does all that, and this one is not needed. Under `jit`,
+        where arrays may be sharded without an axis, leave it out.
+      sync_ascent: Whether all devices ascend together. If not, each ascends for itself,
+        along the gradient of its own examples: m-SAM with what a device has of the
+        batch as micro-batch. That saves one of two reductions of gradients, unless the
+        ascent keeps gradients in its state. Needs an axis.
 
     Returns:
       A transformation whose update is called as
@@ -96,6 +112,8 @@ def sharpness_aware(
       * `ascent_loss_fn`, `scoring_loss_fn`, `scoring_batch`: optional, the losses that
         `losses` and the clean passes of micro-batches are of, in place of `loss_fn`;
         those to score parameters by, and the examples to do it with.
+      * `axis_name`: as above, with the difference that `grads` is the mean over devices
+        already.
 
       All of these reach the ascent. The base gets every other extra argument, and of
       these only what its update spells out by name (its own update, not one inside a
@@ -103,12 +121,14 @@ def sharpness_aware(
       the dtypes that the base gives them.
 
     Raises:
-      TypeError: If `base` or `ascent` is no transformation, or a number of
-        micro-batches or their size no integer; in init and update, if a parameter is
-        not real floating point or `loss_fn` cannot be called or returns no array.
+      TypeError: If `base` or `ascent` is no transformation, a number of micro-batches
+        or their size no integer, or `sync_ascent` no bool; in init and update, if a
+        parameter is not real floating point or `loss_fn` cannot be called or returns
+        no array.
       ValueError: If a size or number is less than 1; in update, if `params`, or
         `loss_fn` and `batch` as well as `grad_fn`, are missing, if losses or gradients
-        have the wrong shape, or if the batch cannot be cut into micro-batches.
+        have the wrong shape, if the batch cannot be cut into micro-batches, or if an
+        axis is missing, unknown, or not what update is told.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -135,10 +155,16 @@ def sharpness_aware(
     ):
         if value is not None:
             check_integer("sharpness_aware", name, value, low=1, static=True)
+    if not isinstance(sync_ascent, bool):
+        raise TypeError(
+            f"sharpness_aware: sync_ascent must be True or False, got {sync_ascent!r}."
+        )
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         _protocol.check_parameters(params)
-        return SharpnessAwareState(ascent.init(params), base.init(params))
+        state = SharpnessAwareState(ascent.init(params), base.init(params))
+        placed: SharpnessAwareState = place_like(state, params)
+        return placed
 
     def update_fn(
         updates: optax.Updates,
@@ -148,18 +174,11 @@ def sharpness_aware(
         loss_fn: Callable[..., jax.Array] | None = None,
         batch: Any = _protocol.MISSING,
         grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
-        losses: jax.Array | None = None,
-        pullback: Callable[[jax.Array], optax.Updates] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
         _protocol.check_parameters(params)
         _protocol.check_gradient("grads", updates, params)
-        if not isinstance(state, SharpnessAwareState):
-            raise TypeError(
-                "sharpness_aware: state must be a SharpnessAwareState, got "
-                f"{type(state).__name__}; start from tx.init(params) of this very "
-                "transformation."
-            )
+        _check_state(state)
         if micro_batch_size is not None and grad_fn is not None:
             raise ValueError(
                 "sharpness_aware: with micro_batch_size each micro-batch has a "
@@ -167,42 +186,22 @@ def sharpness_aware(
                 "and batch in its place."
             )
         gradient_at = _protocol.gradient_function(loss_fn, batch, grad_fn)
-        extra_args |= _protocol.given(
-            batch, loss_fn=loss_fn, grad_fn=grad_fn, losses=losses, pullback=pullback
-        )
-        scoring_batch = extra_args.get("scoring_batch", batch)
-
-        def ascend(gradient: optax.Updates, **others: Any) -> Ascended:
-            ascended: Ascended = ascent.update(
-                gradient, state.ascent_state, params, **(extra_args | others)
-            )
-            return ascended
-
-        def over_micro_batch(micro_batch: Any) -> Passes:
-            clean_fn = extra_args.get("ascent_loss_fn", loss_fn)
-            clean_fn = _protocol.checked("loss_fn", clean_fn, "params", "batch")
-            clean = _protocol.clean_arguments(
-                *_protocol.pass_over(micro_batch, clean_fn, params)
-            )
-            return two_passes(
-                partial(
-                    ascend, batch=micro_batch, scoring_batch=scoring_batch, **clean
-                ),
-                clean["grad"],
-                params,
-                _protocol.gradient_function(loss_fn, micro_batch, None),
-            )[0]
-
-        if micro_batch_size is None or _micro_batch.is_whole(batch, micro_batch_size):
-            passes, ascent_state = two_passes(ascend, updates, params, gradient_at)
+        extra_args |= _protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
+        devices = _devices_of(axis_name, sync_ascent, extra_args)
+        ascend = partial(ascent.update, state=state.ascent_state)
+        step = Step(ascend, params, gradient_at, extra_args, devices)
+        size, at_once = micro_batch_size, micro_batches_at_once
+        if size is not None and not (
+            sync_ascent and _micro_batch.is_whole(batch, size, devices)
+        ):
+            passes, ascent_state = step.over_micro_batches(size, at_once)
+        elif sync_ascent:
+            passes, ascent_state = step.over_all(updates)
         else:
-            micro_batches = _micro_batch.split(
-                batch, micro_batch_size, micro_batches_at_once
-            )
-            passes = _micro_batch.mean(over_micro_batch, micro_batches, params)
-            _, ascent_state = ascend(passes.clean_gradient, scoring_batch=scoring_batch)
+            passes, ascent_state = step.over_devices(updates)
+        finite = passes.finite & _tree.all_finite(passes.gradient)
         ascent_state = jax.tree.map(
-            lambda new, old: jnp.where(passes.finite, new, old),
+            lambda new, old: jnp.where(finite, new, old),
             ascent_state,
             state.ascent_state,
         )
@@ -227,3 +226,36 @@ class SharpnessAwareState(NamedTuple):
 
     ascent_state: optax.OptState
     base_state: optax.OptState
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, SharpnessAwareState):
+        raise TypeError(
+            "sharpness_aware: state must be a SharpnessAwareState, got "
+            f"{type(state).__name__}; start from tx.init(params) of this very "
+            "transformation."
+        )
+
+
+def _devices_of(
+    axis_name: AxisName | None, sync_ascent: bool, extra_args: dict[str, Any]
+) -> Devices:
+    """The devices that share the batch, by the name given here or to the update."""
+    shared = extra_args.get("axis_name")
+    if None not in (axis_name, shared) and axis_name != shared:
+        raise ValueError(
+            f"sharpness_aware: axis_name = {axis_name!r}, but update was called with "
+            f"axis_name = {shared!r}; name the axis in one place only, which for "
+            "optax_sam.value_and_update is there."
+        )
+    devices = Devices(axis_name if shared is None else shared)
+    if devices.axis_name is not None:
+        devices.check("sharpness_aware")
+    elif not sync_ascent:
+        raise ValueError(
+            "sharpness_aware: sync_ascent=False lets every device ascend for itself, "
+            "and axis_name is missing; pass the axis of jax.shard_map or jax.pmap, "
+            "here or to optax_sam.value_and_update. Under jax.jit micro_batch_size "
+            "does the same."
+        )
+    return devices

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _examples, _protocol, _tree
+from optax_sam._devices import AxisName, Devices
 from optax_sam._hyperparameter import check_integer
 
 
@@ -19,6 +20,7 @@ def fisher_diagonal(
     *,
     num_examples: int | None = None,
     chunk_size: int = 4,
+    axis_name: AxisName | None = None,
 ) -> chex.ArrayTree:
     r"""The empirical Fisher information of every parameter, from single examples.
 
@@ -36,6 +38,8 @@ def fisher_diagonal(
       num_examples: How many examples to take, the first ones; None for all.
       chunk_size: Examples whose gradients are in memory at once. Each takes as much as
         the parameters do.
+      axis_name: Inside `jax.shard_map` or `jax.pmap`, the axis over which devices share
+        the batch. The first examples are then those of the first devices.
 
     Returns:
       A tree like `params`, in float32 or wider.
@@ -56,14 +60,20 @@ def fisher_diagonal(
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
+    devices = Devices(axis_name)
     examples = first_examples("fisher_diagonal", batch, num_examples)
     chunk_size = check_integer("fisher_diagonal", "chunk_size", chunk_size, low=1)
-    n = jax.tree.leaves(examples)[0].shape[0]
-    num_chunks = n // chunk_size
+    n = _examples.count("fisher_diagonal", examples)
+    total_n, counted = _counted(devices, _examples.count("", batch), num_examples)
+    # On one device all that are left count, and nothing has to say so.
+    shares = None if axis_name is None else counted[:n].astype(jnp.float32)
+    params = devices.vary(params)
 
     def loss(params: optax.Params, example: Any) -> jax.Array:
-        losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
-        return _protocol.check_per_example("fisher_diagonal", losses, 1)[0]
+        example, share = jax.tree.map(lambda x: x[None], example)
+        losses = loss_fn(params, example)
+        losses = _protocol.check_per_example("fisher_diagonal", losses, 1)
+        return losses[0] if share is None else losses[0] * share[0]
 
     def add_squares(total: chex.ArrayTree, examples: Any) -> chex.ArrayTree:
         gradients = jax.vmap(jax.grad(loss), (None, 0))(params, examples)
@@ -74,20 +84,14 @@ def fisher_diagonal(
         )
 
     total = jax.tree.map(_zeros, params)
-    if num_chunks:
-        chunks = jax.tree.map(
-            lambda x: x[: num_chunks * chunk_size].reshape(
-                num_chunks, chunk_size, *x.shape[1:]
-            ),
-            examples,
-        )
+    chunks, rest = _chunks((examples, shares), chunk_size)
+    if chunks is not None:
         total, _ = jax.lax.scan(
             lambda total, chunk: (add_squares(total, chunk), None), total, chunks
         )
-    if n % chunk_size:
-        rest = jax.tree.map(lambda x: x[num_chunks * chunk_size :], examples)
+    if rest is not None:
         total = add_squares(total, rest)
-    return jax.tree.map(lambda t: t / n, total)
+    return jax.tree.map(lambda t: t / total_n, devices.sum(total))
 
 
 def fisher_from_probes(
@@ -96,6 +100,7 @@ def fisher_from_probes(
     num_examples: int,
     num_probes: int,
     key: jax.Array,
+    axis_name: AxisName | None = None,
 ) -> chex.ArrayTree:
     r"""Estimates the same diagonal from sums of gradients under random signs.
 
@@ -107,20 +112,23 @@ def fisher_from_probes(
       num_examples: The first so many examples count.
       num_probes: Number of draws of the signs to average over, one backward pass each.
       key: PRNG key.
+      axis_name: The axis over which devices share the examples, if they do.
 
     Returns:
       A tree like the parameters, in float32 or wider.
     """
     _protocol.check_per_example("fisher_from_probes", losses)
-    n = min(num_examples, losses.size)
+    devices = Devices(axis_name)
+    n, counted = _counted(devices, losses.size, num_examples)
 
     def probe(key: jax.Array) -> chex.ArrayTree:
-        signs = jax.random.rademacher(key, losses.shape, losses.dtype)
+        total = losses.size * devices.size()
+        signs = devices.part(jax.random.rademacher(key, (total,), losses.dtype))
         # Means rather than sums, which half precision might not hold.
-        weights = jnp.where(jnp.arange(losses.size) < n, signs / n, 0)
+        weights = jnp.where(counted, signs / n, 0)
         return jax.tree.map(
             lambda g: n * jnp.square(g.astype(_tree.accumulator_dtype(g.dtype))),
-            pullback(weights.astype(losses.dtype)),
+            devices.sum(pullback(weights.astype(losses.dtype))),
         )
 
     if num_probes == 1:  # Convolutions on the CPU are slow in a loop.
@@ -139,6 +147,26 @@ def first_examples(owner: str, batch: Any, num_examples: Any) -> Any:
     if num_examples is not None:
         n = min(n, check_integer(owner, "num_examples", num_examples, low=1))
     return jax.tree.map(lambda x: x[:n], batch)
+
+
+def _counted(devices: Devices, size: int, num_examples: Any) -> tuple[int, jax.Array]:
+    """How many examples count, and which of the `size` on this device do."""
+    total = size * devices.size()
+    n = total if num_examples is None else min(num_examples, total)
+    return n, devices.part(jnp.arange(total) < n)
+
+
+def _chunks(examples: Any, size: int) -> tuple[Any, Any]:
+    """Examples `[n, ...]` as chunks `[n // size, size, ...]` and a rest, or None."""
+    n = jax.tree.leaves(examples)[0].shape[0]
+    whole = n - n % size
+
+    def chunk(x: jax.Array) -> jax.Array:
+        return x[:whole].reshape(whole // size, size, *x.shape[1:])
+
+    chunks = jax.tree.map(chunk, examples) if whole else None
+    rest = jax.tree.map(lambda x: x[whole:], examples) if whole < n else None
+    return chunks, rest
 
 
 def _zeros(p: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _protocol, _tree
+from optax_sam._devices import vary_like
 
 
 def apply(mask: chex.ArrayTree, updates: optax.Updates) -> optax.Updates:
@@ -23,19 +24,26 @@ def present(tree: chex.ArrayTree, updates: optax.Updates) -> chex.ArrayTree:
 
 
 def refresh_if(
-    due: jax.Array, make: Callable[[], chex.ArrayTree], mask: chex.ArrayTree
+    due: jax.Array,
+    make: Callable[[], chex.ArrayTree],
+    mask: chex.ArrayTree,
+    updates: optax.Updates,
 ) -> chex.ArrayTree:
-    """A new mask where it is due; leaves absent from that stay as they are."""
+    """A new mask where it is due; leaves absent from that stay as they are.
+
+    In `shard_map` it varies over devices if `updates` do.
+    """
 
     def refresh() -> chex.ArrayTree:
-        return jax.tree.map(
+        mixed = jax.tree.map(
             lambda new, old: old if _tree.is_absent(new) else new,
             make(),
             mask,
             is_leaf=_tree.is_absent,
         )
+        return vary_like(mixed, updates)
 
-    return jax.lax.cond(due, refresh, lambda: mask)
+    return jax.lax.cond(due, refresh, lambda: vary_like(mask, updates))
 
 
 def check(name: str, mask: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:

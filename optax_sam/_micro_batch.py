@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _examples, _tree
+from optax_sam._devices import Devices
 from optax_sam._passes import Passes
 
 _OWNER = "sharpness_aware"
 
 
-def is_whole(batch: Any, size: int) -> bool:
-    """Whether a micro-batch of this size is all of the batch."""
-    return _examples.count(_OWNER, batch) == size
+def is_whole(batch: Any, size: int, devices: Devices) -> bool:
+    """Whether a micro-batch of this size is all of the batch, on all devices."""
+    return _examples.count(_OWNER, batch) * devices.size() == size
 
 
 def split(batch: Any, size: int, at_once: int | None) -> Any:

@@ -20,6 +20,12 @@ scoring_loss_fn, scoring_batch
 ascent_loss_fn
     `ascent_loss_fn(params, batch)` gives the losses whose gradient the clean pass of a
     micro-batch takes; without it, `loss_fn` does.
+axis_name, scoring_axis_name
+    The name of the axis of `jax.shard_map` or `jax.pmap` over which devices share the
+    examples. `batch`, `losses` and `pullback` are then those of one device, while the
+    gradient, `value` and `grad` are means over all. `scoring_axis_name` is that of
+    `scoring_batch`, where it is another: a device that ascends for itself has no
+    `axis_name`, but shares its scores with the others.
 """
 
 import functools
@@ -43,6 +49,8 @@ ARGUMENTS = frozenset(
         "scoring_loss_fn",
         "scoring_batch",
         "ascent_loss_fn",
+        "axis_name",
+        "scoring_axis_name",
     }
 )
 MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
@@ -187,7 +195,7 @@ def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraAr
     return optax.with_extra_args_support(tx)
 
 
-def given(batch: Any, **others: Any) -> dict[str, Any]:
+def given(batch: Any = MISSING, **others: Any) -> dict[str, Any]:
     """The arguments of the protocol that are given, by name."""
     named = {name: arg for name, arg in others.items() if arg is not None}
     return named if batch is MISSING else named | {"batch": batch}

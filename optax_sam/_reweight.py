@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optax_sam import _protocol, _tree
+from optax_sam._devices import AxisName, Devices, vary_like
 from optax_sam._hyperparameter import (
     ScalarOrSchedule,
     as_key,
@@ -115,9 +116,11 @@ def reweight_by_sharpness(
         losses: jax.Array | None = None,
         pullback: Callable[[jax.Array], optax.Updates] | None = None,
         ascent_loss_fn: Callable[..., jax.Array] | None = None,
+        axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightBySharpnessState]:
         del extra_args
+        devices = Devices(axis_name)
         # The losses to compare with are those of the clean pass.
         loss_fn = loss_fn if ascent_loss_fn is None else ascent_loss_fn
         _protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
@@ -127,10 +130,10 @@ def reweight_by_sharpness(
             return _protocol.check_per_example(owner, loss_fn(params, batch))
 
         if losses is None or pullback is None:
-            losses, pullback = _protocol.linearise(losses_at, params)
+            losses, pullback = _protocol.linearise(losses_at, devices.vary(params))
         slopes = _slopes(
             losses_at,
-            params,
+            devices.vary(params),
             losses,
             updates,
             key_at(seed, state.key, state.count),
@@ -139,15 +142,18 @@ def reweight_by_sharpness(
         )
         uniform = _protocol.uniform_weights(losses).astype(slopes.dtype)
         strength = strength_at(state.count).astype(slopes.dtype)
-        weights, mean = _gibbs(slopes, strength, uniform, normalize)
-        gradient = pullback(weights.astype(losses.dtype))
+        weights, mean = _gibbs(slopes, strength, uniform, normalize, devices)
+        # Weights of a device's examples, relative to its share of the batch: hence the
+        # mean over devices, and the same rounding as on one.
+        gradient = devices.mean(pullback(weights.astype(losses.dtype)))
         gradient = _tree.map_present(lambda _, g: g, updates, gradient)
+        weights = weights / devices.size()
         return gradient, ReweightBySharpnessState(
             key=state.key,
             count=optax.safe_increment(state.count),
-            effective_sample_size=(1 / jnp.sum(weights**2)).astype(jnp.float32),
-            largest_weight=jnp.max(weights).astype(jnp.float32),
-            mean_directional_norm=mean.astype(jnp.float32),
+            effective_sample_size=_float32(1 / devices.sum(jnp.sum(weights**2))),
+            largest_weight=_float32(devices.max(jnp.max(weights))),
+            mean_directional_norm=_float32(mean),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -209,7 +215,8 @@ def _slopes(
         probe_key = jax.random.fold_in(key, probe)
         # A key per position: leaves that are absent change no other's signs.
         keys = [jax.random.fold_in(probe_key, i) for i in probed]
-        return derivative(jax.tree.map(_signs, keys, x)).astype(wide)
+        signs = vary_like(jax.tree.map(_signs, keys, x), x)
+        return derivative(signs).astype(wide)
 
     if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
         return jnp.expand_dims(slopes_along_signs(0), 0)
@@ -218,27 +225,38 @@ def _slopes(
 
 
 def _gibbs(
-    slopes: jax.Array, strength: jax.Array, uniform: jax.Array, normalize: bool
+    slopes: jax.Array,
+    strength: jax.Array,
+    uniform: jax.Array,
+    normalize: bool,
+    devices: Devices,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights of the examples by their slopes [probes, B], and the mean s."""
+    """The weights of the examples by their slopes [probes, B], and the mean s.
+
+    On one device of several, weights are relative to its share of the batch.
+    """
     # Relative to the largest, no square or sum overflows; 0 / 1 is the zero wanted.
     largest = jnp.max(jnp.abs(slopes), axis=0, keepdims=True)
     relative = slopes / jnp.where(largest == 0, 1, largest)
     s = largest[0] * jnp.sqrt(jnp.mean(relative**2, axis=0))
     finite = jnp.isfinite(s)
     s = jnp.where(finite, s, 0)
-    largest = jnp.max(s)
+    largest = devices.max(jnp.max(s))
     relative = s / jnp.where(largest == 0, 1, largest)
-    relative_mean = jnp.sum(relative) / jnp.maximum(jnp.sum(finite), 1)
+    num_finite = devices.sum(jnp.sum(finite))
+    relative_mean = devices.sum(jnp.sum(relative)) / jnp.maximum(num_finite, 1)
     if normalize:
         s = relative / jnp.where(relative_mean == 0, 1, relative_mean)
     # The differences first: strength * s may overflow, and infinity - infinity is NaN.
-    gaps = jnp.where(finite, s - jnp.max(s), 0)
+    gaps = jnp.where(finite, s - devices.max(jnp.max(s)), 0)
     logits = jnp.where(gaps == 0, 0, strength * gaps)
-    weights = jax.nn.softmax(logits, where=finite)
-    # What is SAM is so to the last bit, whatever softmax(0) is rounded to.
-    is_sam = (strength == 0) | jnp.all(finite & (logits == 0)) | ~jnp.any(finite)
-    return jnp.where(is_sam, uniform, weights), largest * relative_mean
+    weights = jnp.where(finite, jnp.exp(logits), 0)
+    # Fires where no slope is finite; otherwise a logit is 0.
+    total = jnp.maximum(devices.mean(jnp.sum(weights)), 1 / devices.size())
+    # What is SAM is so to the last bit, whatever the quotient is rounded to.
+    equal = devices.all(jnp.all(finite & (logits == 0)))
+    is_sam = (strength == 0) | equal | (num_finite == 0)
+    return jnp.where(is_sam, uniform, weights / total), largest * relative_mean
 
 
 def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
@@ -251,3 +269,7 @@ def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
     bits = jax.lax.slice_in_dim(bits, 0, shape[axis], axis=axis)
     bits >>= jax.lax.broadcasted_iota(jnp.uint32, shape, axis) % 32
     return jnp.where(bits & 1 == 1, 1, -1).astype(like.dtype).reshape(like.shape)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _fisher, _mask, _protocol
+from optax_sam._devices import AxisName, Devices
 from optax_sam._hyperparameter import (
     as_key,
     check_choice,
@@ -114,9 +115,12 @@ def sparsify_by_fisher(
         scoring_batch: Any = _protocol.MISSING,
         losses: Any = None,
         pullback: Any = None,
+        axis_name: AxisName | None = None,
+        scoring_axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SparsifyByFisherState]:
         del extra_args
+        axis_name = axis_name if scoring_axis_name is None else scoring_axis_name
         clean = losses, pullback
         if scoring_loss_fn is not None:
             loss_fn, clean = scoring_loss_fn, (None, None)
@@ -128,12 +132,12 @@ def sparsify_by_fisher(
 
         def new_mask() -> chex.ArrayTree:
             draws = key_at(seed, state.key, state.count)
-            fisher_diagonal = fisher(loss_fn, params, batch, clean, draws)
+            fisher_diagonal = fisher(loss_fn, params, batch, clean, draws, axis_name)
             scores = _mask.present(fisher_diagonal, updates)
             return _mask.check(f"{owner}: pattern(scores)", pattern(scores), scores)
 
         due = state.count % refresh_every == 0
-        mask = _mask.refresh_if(due, new_mask, state.mask)
+        mask = _mask.refresh_if(due, new_mask, state.mask, updates)
         count = optax.safe_increment(state.count)
         return _mask.apply(mask, updates), SparsifyByFisherState(count, mask, state.key)
 
@@ -166,25 +170,32 @@ def _estimator(
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
 
     def per_example(
-        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any
+        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
     ) -> chex.ArrayTree:
         del clean, key
         return _fisher.fisher_diagonal(
-            loss_fn, params, batch, num_examples=num_examples, chunk_size=chunk_size
+            loss_fn,
+            params,
+            batch,
+            num_examples=num_examples,
+            chunk_size=chunk_size,
+            axis_name=axis_name,
         )
 
     def probes(
-        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any
+        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
     ) -> chex.ArrayTree:
         losses, pullback = clean
         if losses is None or pullback is None:
-            examples = _fisher.first_examples(owner, batch, num_examples)
+            # Of several devices every one has to know how many the others have.
+            first = num_examples if axis_name is None else None
+            examples = _fisher.first_examples(owner, batch, first)
             losses, pullback = _protocol.linearise(
                 lambda p: _protocol.check_per_example(owner, loss_fn(p, examples)),
-                params,
+                Devices(axis_name).vary(params),
             )
         return _fisher.fisher_from_probes(
-            losses, pullback, num_examples, num_probes, key
+            losses, pullback, num_examples, num_probes, key, axis_name
         )
 
     return per_example if estimator == "per_example" else probes

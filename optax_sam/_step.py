@@ -11,6 +11,7 @@ import jax
 import optax
 
 from optax_sam import _protocol
+from optax_sam._devices import AxisName, Devices
 
 LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
@@ -22,6 +23,7 @@ def value_and_update(
     has_aux: bool = False,
     ascent_loss_fn: Callable[..., Any] | None = None,
     scoring_loss_fn: Callable[..., Any] | None = None,
+    axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
     r"""Makes the training step of any Optax optimizer, sharpness-aware or not.
 
@@ -51,6 +53,11 @@ def value_and_update(
       scoring_loss_fn: Called as `loss_fn`, and returns losses `[B]` without auxiliary
         data: what :func:`sparsify_by_fisher` scores parameters by in place of
         `loss_fn`, such as those in evaluation mode.
+      axis_name: The axis, or axes, of `jax.shard_map` or `jax.pmap` over which devices
+        share the batch, where the step is called inside of one. Parameters and state
+        are the same on all devices, and the step is that of one device with all of the
+        examples: `value` and updates are means over devices. Auxiliary data remain
+        those of each device.
 
     Returns:
       A function `step(params, opt_state, *args) -> (value, updates, opt_state)`.
@@ -82,6 +89,7 @@ def value_and_update(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     tx = _protocol.as_transformation("tx", tx)
+    devices = Devices(axis_name)
     perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)
     clean_fn = perturbed_fn
     if ascent_loss_fn is not None:
@@ -93,8 +101,10 @@ def value_and_update(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
         _protocol.check_parameters(params)
+        if axis_name is not None:
+            devices.check("value_and_update")
         losses, pullback, aux = _protocol.linearise(
-            lambda p: clean_fn(p, *args), params, has_aux=True
+            lambda p: clean_fn(p, *args), devices.vary(params), has_aux=True
         )
 
         def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
@@ -102,15 +112,19 @@ def value_and_update(
             return lambda params, batch: fn(params, *(batch,)[:first], *args[first:])[0]
 
         clean = _protocol.clean_arguments(losses, pullback)
+        for name in ("value", "grad"):
+            clean[name] = devices.mean(clean[name])
         batch = args[0] if args else ()
         batch_losses = of_batch(perturbed_fn)
-        value_fn = _value_function(batch_losses, batch)
+        value_fn = _value_function(batch_losses, batch, devices)
         extra_args = clean | {
             "loss_fn": batch_losses,
             "batch": batch,
             "value_fn": value_fn,
             "obj_fn": value_fn,
         }
+        if axis_name is not None:
+            extra_args["axis_name"] = axis_name
         if scoring_loss_fn is not None:
             extra_args["scoring_loss_fn"] = of_batch(score_fn)
         if ascent_loss_fn is not None:
@@ -151,9 +165,15 @@ def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
 
 
 def _value_function(
-    loss_fn: Callable[..., jax.Array], batch: Any
+    loss_fn: Callable[..., jax.Array], batch: Any, devices: Devices
 ) -> Callable[..., jax.Array]:
     """The clean mean loss as a function of params alone, for line searches."""
+
+    def own_loss(params: optax.Params) -> jax.Array:
+        return _protocol.mean_loss(loss_fn(params, batch))
+
+    alone = devices.axis_name is None
+    mean_loss = own_loss if alone else _over_devices(own_loss, devices)
 
     # A line search hands its value_fn the extra arguments that it names, and fails on
     # those that nobody names: hence names for all that value_and_update passes.
@@ -166,8 +186,34 @@ def _value_function(
         obj_fn: Any = None,
         scoring_loss_fn: Any = None,
         ascent_loss_fn: Any = None,
+        axis_name: Any = None,
     ) -> jax.Array:
-        del losses, pullback, obj_fn, scoring_loss_fn, ascent_loss_fn
-        return _protocol.mean_loss(loss_fn(params, batch))
+        del losses, pullback, obj_fn, scoring_loss_fn, ascent_loss_fn, axis_name
+        return mean_loss(params)
 
     return value_fn
+
+
+def _over_devices(
+    value_fn: Callable[[optax.Params], jax.Array], devices: Devices
+) -> Callable[[optax.Params], jax.Array]:
+    """The mean over devices of a value, whose gradient is the mean of theirs.
+
+    By a rule of its own: plain differentiation of a mean over devices gives this or
+    the gradient of one device, depending on `check_vma`.
+    """
+
+    def forward(params: optax.Params) -> tuple[jax.Array, optax.Updates]:
+        value, gradient = jax.value_and_grad(value_fn)(devices.vary(params))
+        mean: tuple[jax.Array, optax.Updates] = devices.mean((value, gradient))
+        return mean
+
+    def backward(gradient: optax.Updates, g: jax.Array) -> tuple[optax.Updates]:
+        return (jax.tree.map(lambda x: (g * x).astype(x.dtype), gradient),)
+
+    mean_value: Any = jax.custom_vjp(
+        lambda params: devices.mean(value_fn(devices.vary(params)))
+    )
+    mean_value.defvjp(forward, backward)
+    of_all: Callable[[optax.Params], jax.Array] = mean_value
+    return of_all

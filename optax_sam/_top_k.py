@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_sam import _tree
+from optax_sam._devices import vary_like
 
 
 def largest(
@@ -62,7 +63,7 @@ def largest(
         ]
         return jnp.sum(_tree.stack(counts).T * weights, axis=1)
 
-    point = _settle(keys[0].dtype, before[-1], weigh, k)
+    point = _settle(keys, before[-1], weigh, k)
     masks = [
         _ahead(x, p, *point)[0] & (x > 0) & (k > 0)
         for x, p in _with_positions(keys, offsets)
@@ -145,7 +146,10 @@ def _count(conditions: list[jax.Array], counter: Any) -> jax.Array:
 
 
 def _settle(
-    key: Any, num_entries: int, weigh: Callable[..., jax.Array], k: jax.Array
+    keys: list[jax.Array],
+    num_entries: int,
+    weigh: Callable[..., jax.Array],
+    k: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The threshold and the end of the ties with it that just `k` are ahead of.
 
@@ -153,7 +157,8 @@ def _settle(
     the end is behind the last tie that less than `k` entries are ahead of. One loop
     settles the bits of both, since its body is compiled anew for every leaf.
     """
-    key_rounds = 4 * jnp.dtype(key).itemsize
+    key = keys[0].dtype
+    key_rounds = 4 * key.itemsize
     rounds = key_rounds + (num_entries.bit_length() + 1) // 2
     counter = k.dtype
     everything = jnp.asarray(np.iinfo(counter).max, counter)
@@ -181,5 +186,7 @@ def _settle(
         )
 
     start = (0, jnp.zeros([], key), jnp.zeros([], counter), everything)
-    i, threshold, last, _ = jax.lax.while_loop(unsettled, settle_two_bits, start)
+    i, threshold, last, _ = jax.lax.while_loop(
+        unsettled, settle_two_bits, vary_like(start, (keys, k))
+    )
     return threshold[None], jnp.where(i < rounds, everything, last + 1)[None]
