@@ -5,6 +5,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_configure(config):
+    """Keeps compiled programs: many tests, and all that run again, share theirs."""
+    if hasattr(config, "cache") and jax.config.jax_compilation_cache_dir is None:
+        directory = config.cache.mkdir("compiled")
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

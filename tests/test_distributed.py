@@ -39,11 +39,26 @@ def fully_sharded(tree):
 layouts = pytest.mark.parametrize("layout", [data_parallel, fully_sharded])
 
 
+METHODS = test_contract.METHODS | {
+    "all in one": lambda base: optax_sam.sharpness_aware(
+        base,
+        optax.chain(
+            optax_sam.reweight_by_sharpness(0.05, key=0, estimator="jvp"),
+            optax_sam.suppress_variance(0.4),
+            optax_sam.scale_to_radius(0.1),
+            optax_sam.sparsify_by_fisher(optax_sam.n_m(2, 4), refresh_every=3),
+        ),
+        micro_batch_size=4,
+        micro_batches_at_once=DEVICES,
+    )
+}
+
+
 def on_devices(tx, layout):
     """The state before a step on many devices, and the step, compiled."""
     step = optax_sam.value_and_update(PROBLEM.loss_fn, tx)
-    batch = fully_sharded(PROBLEM.batch)
-    inputs = layout(PROBLEM.params), layout(tx.init(PROBLEM.params)), batch
+    params = layout(PROBLEM.params)
+    inputs = params, jax.jit(tx.init)(params), fully_sharded(PROBLEM.batch)
     return inputs, jax.jit(step).lower(*inputs).compile()
 
 
@@ -65,21 +80,42 @@ def dims(shapes):
 
 
 @layouts
-@pytest.mark.parametrize("method", test_contract.METHODS)
-def test_steps_on_many_devices_are_those_on_one(method, layout):
-    tx = test_contract.METHODS[method](optax.sgd(0.1, momentum=0.9))
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_on_many_devices_are_those_on_one(method, layout):
+    tx = METHODS[method](optax.sgd(0.1, momentum=0.9))
     (params, state, batch), step = on_devices(tx, layout)
-    expected = PROBLEM.params, tx.init(PROBLEM.params)
+    single = PROBLEM.params, tx.init(PROBLEM.params)
     alone = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
-    for _ in range(3):
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        value, updates, state = step(params, state, batch)
-        assert jax.tree.map(lambda x: x.sharding, state) == shardings
-        params = layout(optax.apply_updates(params, updates))
-        loss, updates, single = alone(*expected, PROBLEM.batch)
-        expected = optax.apply_updates(expected[0], updates), single
-        assert value == pytest.approx(float(loss), rel=1e-5)
-    problems.assert_trees_close((params, state), expected, rtol=1e-4, atol=2e-6)
+    for _ in range(20):
+        value, updates, new_state = step(params, state, batch)
+        # It stays where it is, and with it masks and averages.
+        jax.tree.map(assert_placed_alike, new_state, state)
+        params, state = layout(optax.apply_updates(params, updates)), new_state
+        loss, updates, new_state = alone(*single, PROBLEM.batch)
+        single = optax.apply_updates(single[0], updates), new_state
+        assert value == pytest.approx(float(loss), rel=2e-5)
+    problems.assert_trees_close((params, state), single, rtol=2e-5, atol=2e-5)
+
+
+def assert_placed_alike(a, b):
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@layouts
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_state_is_placed_like_the_parameters(method, layout):
+    matrices = {name: name.startswith("w") for name in PROBLEM.params}
+    base = optax.masked(optax.adam(0.1), matrices)
+    tx = METHODS[method](base)
+    params = layout(PROBLEM.params)
+    state = jax.jit(tx.init)(params)
+    assert state.base_state.inner_state[0].mu["w1"].sharding == params["w1"].sharding
+    named = {path[-1:]: x for path, x in jax.tree.leaves_with_path(params)}
+    for path, x in jax.tree.leaves_with_path(state):
+        if path[-1:] in named:
+            assert_placed_alike(x, named[path[-1:]])
+    # Draws are the same wherever they are made.
+    problems.assert_trees_equal(jax.device_get(state), tx.init(PROBLEM.params))
 
 
 @layouts

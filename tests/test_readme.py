@@ -14,7 +14,7 @@ import optax_sam
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LINEN, NNX, COMPOSING, BY_HAND, CHEAPER = CODE
+LINEN, NNX, COMPOSING, BY_HAND, CHEAPER, IN_PARTS, FLOAT16 = CODE
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
 
 
