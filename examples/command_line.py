@@ -99,6 +99,28 @@ def check_training(options: Any, num_examples: int) -> None:
     )
 
 
+def choose_num_devices(asked: int | None, batch_size: int) -> int:
+    """The number of devices that are to share each batch.
+
+    Args:
+      asked: by default all there are, but one on the CPU, where they are simulated.
+      batch_size: images of a step, which they are to share evenly.
+
+    Raises:
+      ValueError: if there are not so many, or they cannot share evenly.
+    """
+    available = jax.device_count()
+    if asked is None:
+        asked = 1 if jax.default_backend() == "cpu" else available
+    require(1 <= asked <= available, f"--devices must be from 1 to {available}", asked)
+    require(
+        batch_size % asked == 0,
+        f"--devices must divide --batch-size {batch_size}",
+        asked,
+    )
+    return asked
+
+
 def make_run_directory(out: Path | None, name: str) -> Path:
     """Makes the directory of the results, by default `runs/<name>-<time>`."""
     directory = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -137,6 +137,7 @@ def make_train_steps(
     *,
     augmented: bool = False,
     ascent_loss_fn: LossFn | None = None,
+    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
     """Makes `train_steps(state, split, indices, key) -> state, metrics`, compiled.
 
@@ -150,6 +151,8 @@ def make_train_steps(
       augmented: whether to apply `data.augment`.
       ascent_loss_fn: takes the place of the loss in the clean passes, whose gradients
         then only set the perturbation; by default none does.
+      batch_sharding: how each batch is shared among devices, where state and split are
+        on more than one.
     """
     step_fn = optax_sam.value_and_update(
         make_loss_fn(model),
@@ -171,6 +174,9 @@ def make_train_steps(
             if augmented:
                 images = augment(augment_key, images)
             batch = Split(images, split.labels[index])
+            if batch_sharding is not None:
+                constrain: Any = jax.lax.with_sharding_constraint
+                batch = constrain(batch, batch_sharding)
             (loss, (batch_stats, num_correct)), updates, opt_state = step_fn(
                 state.params, state.opt_state, batch, state.batch_stats, dropout_key
             )

@@ -163,6 +163,26 @@ def test_state_and_masks_cause_no_traffic(method):
     assert arrays(method) == arrays("sam")
 
 
+def test_fully_sharded_state_and_masks_are_not_gathered():
+    """Models gather their parameters for a pass; counts gather one number a device."""
+
+    def gathered(tx):
+        text = on_devices(tx, fully_sharded)[1].as_text()
+        found = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
+        sizes = [(kind, math.prod(map(int, shape.split(",")))) for kind, shape in found]
+        return sorted(x for x in sizes if x[1] > DEVICES)
+
+    base = optax.adam(0.1)
+    of_sam = gathered(optax_sam.sam(base, 0.1))
+    assert len(of_sam) == 2 * len(gathered(base))
+    for method in ("vasso", "dynamic sparse"):
+        assert gathered(METHODS[method](base)) == of_sam
+    probes = optax_sam.sparse_sam(
+        base, 0.1, optax_sam.unstructured(0.5), refresh_every=2, estimator="probes"
+    )
+    assert {kind for kind, _ in gathered(probes)} == {"f32"}
+
+
 @pytest.mark.parametrize("size", [2, BATCH // DEVICES, 32, BATCH])
 @pytest.mark.parametrize("at_once", [1, None])
 def test_micro_batches_on_a_mesh_of_explicit_axes(size, at_once):

@@ -5,6 +5,7 @@ import compare
 import m_sharpness
 import numpy as np
 import pytest
+import recipe
 import train
 from methods import METHODS
 from report import Curves, summarize
@@ -111,7 +112,7 @@ def test_train_reports_the_last_epoch(tmp_path, capsys):
     output, progress = capsys.readouterr()
     figures = results(out)
     assert figures["hyperparameters"]["theta"] == 0.9
-    assert figures["settings"]["learning_rate"] == train.Recipe().learning_rate
+    assert figures["settings"]["learning_rate"] == recipe.Recipe().learning_rate
     assert {len(curve) for curve in figures["epochs"].values()} == {3}
     assert figures["valid_accuracy"] == figures["epochs"]["valid_accuracy"][-1]
     assert output.count("\n") == 1
@@ -123,8 +124,10 @@ def test_train_reports_the_last_epoch(tmp_path, capsys):
 
 @pytest.mark.parametrize("write", [write_pickles, write_binaries])
 def test_train_reads_cifar10(tmp_path, monkeypatch, write):
-    small = functools.partial(train.load_cifar10, num_valid=5, images_per_file=PER_FILE)
-    monkeypatch.setattr(train, "load_cifar10", small)
+    small = functools.partial(
+        recipe.load_cifar10, num_valid=5, images_per_file=PER_FILE
+    )
+    monkeypatch.setattr(recipe, "load_cifar10", small)
     directory = str(write(tmp_path / "cifar"))
     out = tmp_path / "run"
     options = ["--dataset", "cifar10", "--data-dir", directory, "--method", "sgd"]
@@ -152,13 +155,13 @@ def test_methods_are_told_how_long_the_training_is(monkeypatch, capsys, script):
 
 
 def test_defaults_on_cifar10_are_those_of_the_papers():
-    def recipe(**given):
-        return train.make_recipe(train.Options(dataset="cifar10", **given))
+    def make(**given):
+        return recipe.make_recipe(recipe.Options(dataset="cifar10", **given))
 
-    assert recipe(method="sgd").weight_decay == 5e-4
-    assert recipe(method="sam").weight_decay == 1e-3
-    assert recipe(method="sam", weight_decay=0.0).weight_decay == 0.0
-    sam = recipe(method="sam", width=8)
+    assert make(method="sgd").weight_decay == 5e-4
+    assert make(method="sam").weight_decay == 1e-3
+    assert make(method="sam", weight_decay=0.0).weight_decay == 0.0
+    sam = make(method="sam", width=8)
     assert (sam.stages, sam.width) == ((2, 2, 2, 2), 8)
     assert (sam.epochs, sam.batch_size, sam.learning_rate) == (200, 128, 0.05)
 

@@ -10,6 +10,7 @@ from data import Dataset, Split, normalize
 from methods import METHODS, hyperparameters, make_tx, momentum_sgd
 from models.convolution import PatchConv
 from models.resnet import ResNet
+from sharding import by_examples, make_mesh, replicated
 from training import (
     make_evaluate,
     make_init,
@@ -224,6 +225,30 @@ def test_training_compiles_once_and_donates_its_state():
             state, _ = train_steps(state, dataset.train, indices, key)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     assert train_steps._cache_size() == 1
+
+
+def test_batches_can_be_shared_among_devices():
+    tx = optax_sam.sam(momentum_sgd(0.1, 4, 1e-3), rho=0.1)
+    dataset, indices = make_dataset(), jnp.arange(32).reshape(4, 8) % 16
+    mesh = make_mesh()
+
+    def run(placement, batch_sharding):
+        train_steps = make_train_steps(
+            MODEL, tx, dataset, batch_sharding=batch_sharding
+        )
+        state, split = initializer(MODEL)(SEED, tx), dataset.train
+        inputs = *jax.device_put((state, split), placement), indices, jax.random.key(1)
+        compiled = train_steps.lower(*inputs).compile()
+        return compiled(*inputs), compiled.cost_analysis()["flops"]
+
+    alone, flops = run(jax.devices()[0], None)
+    shared, flops_shared = run(replicated(mesh), by_examples(mesh))
+    assert_trees(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), shared, alone
+    )
+    assert flops_shared < flops / 4
+    for leaf in jax.tree.leaves(shared):
+        assert leaf.sharding.is_fully_replicated
 
 
 def test_metrics_are_means_over_the_steps():
