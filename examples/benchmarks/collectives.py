@@ -1,0 +1,82 @@
+"""What travels between devices in a compiled program, read from its text.
+
+A collective in a loop counts as often as the loop runs, where the compiler knows how
+often that is, else once.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+# What else travels (all-to-all, collective-permute) is counted under its own name.
+GATHER, REDUCE = "all-gather", "all-reduce"
+_COLLECTIVE = re.compile(
+    r"= (?P<shapes>.*?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|"
+    r"reduce-scatter)(?:-start)?\("
+)
+_SHAPE = re.compile(r"(?P<type>pred|[a-z]+(?P<bits>\d+))\[(?P<sizes>[\d,]*)\]")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(r"(\w+)=(\{[^{}]*\}|%[\w.\-]+)")
+_BRANCHES = {"branch_computations", "true_computation", "false_computation"}
+_CALLS = {"body", "condition", "calls", "to_apply"} | _BRANCHES
+
+
+class Traffic(NamedTuple):
+    """What the collectives of a program make, on each device.
+
+    Attributes:
+      always: bytes by the kind of collective, outside of conditions.
+      sometimes: bytes by kind in the branches of conditions, all of them taken.
+      number: how many collectives there are in all, however small.
+    """
+
+    always: Counter[str]
+    sometimes: Counter[str]
+    number: int
+
+
+def traffic(compiled: Any) -> Traffic:
+    """The traffic of a compiled function."""
+    computations, entry = _computations(compiled.as_text())
+    always, sometimes = Counter[str](), Counter[str]()
+    number = 0
+    waiting = [(entry, 1, False)]
+    while waiting:
+        name, times, conditional = waiting.pop()
+        for line in computations[name]:
+            if found := _COLLECTIVE.search(line):
+                count = sometimes if conditional else always
+                count[found["kind"]] += times * _num_bytes(found["shapes"])
+                number += times
+            trips = _TRIPS.search(line)
+            for attribute, callees in _CALLED.findall(line):
+                if attribute in _CALLS:
+                    repeats = int(trips[1]) if trips and attribute == "body" else 1
+                    in_branch = conditional or attribute in _BRANCHES
+                    waiting += [
+                        (callee, times * repeats, in_branch)
+                        for callee in re.findall(r"%([\w.\-]+)", callees)
+                    ]
+    return Traffic(always, sometimes, number)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation by its name, and the name of the first to run."""
+    computations = defaultdict(list)
+    name = entry = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+        elif line.startswith(" "):
+            computations[name].append(line)
+    return computations, entry
+
+
+def _num_bytes(shapes: str) -> int:
+    total = 0
+    for shape in _SHAPE.finditer(shapes):
+        entries = math.prod(int(size) for size in shape["sizes"].split(",") if size)
+        total += entries * max(1, int(shape["bits"] or 8) // 8)
+    return total
