@@ -27,6 +27,22 @@ def count(owner: str, batch: Any) -> int:
     return int(sizes.pop())
 
 
+def is_placed(x: jax.Array) -> bool:
+    """Whether the examples are spread along explicit axes of a mesh."""
+    return bool((jax.typeof(x).sharding.spec or (None,))[0])
+
+
+def part(x: jax.Array, start: int, stop: int) -> jax.Array:
+    """Neighbours along the first axis, wherever they are."""
+    if is_placed(x):
+        axis, *others = jax.typeof(x).sharding.spec
+        if start % _num_parts(x) or stop % _num_parts(x):
+            axis = None  # Devices cannot have equal shares of them.
+        reshard: Any = jax.sharding.reshard
+        x = reshard(x, _spec(axis, *others))
+    return x[start:stop]
+
+
 def cut(batch: Any, at_once: int, size: int) -> Any:
     """Cuts a batch `[B, ...]` into groups `[rounds, at_once, size, ...]`.
 
@@ -46,13 +62,23 @@ def _reshape(x: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Cuts the first axis; on a mesh of explicit axes, says where the parts go."""
     whole = (*shape, *x.shape[1:])
     sharding = jax.typeof(x).sharding
-    axes, *others = sharding.spec or (None,)
-    if axes is None:
+    if not is_placed(x):
         return jnp.reshape(x, whole)
-    devices = math.prod(sharding.mesh.shape[a] for a in jax.tree.leaves(axes))
-    first, _, last = (axes if n % devices == 0 else None for n in shape)
+    axes, *others = sharding.spec
+    first, _, last = (axes if n % _num_parts(x) == 0 else None for n in shape)
     # The rounds remain in one piece: a scan goes along them.
-    spec = (first, None, None if first else last, *others)
-    make_spec: Any = jax.sharding.PartitionSpec  # Its constructor is not typed.
-    out_sharding = jax.sharding.NamedSharding(sharding.mesh, make_spec(*spec))
+    spec = _spec(first, None, None if first else last, *others)
+    out_sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
     return jnp.reshape(x, whole, out_sharding=out_sharding)
+
+
+def _num_parts(x: jax.Array) -> int:
+    """In how many parts the examples are spread."""
+    sharding = jax.typeof(x).sharding
+    return math.prod(sharding.mesh.shape[a] for a in jax.tree.leaves(sharding.spec[0]))
+
+
+def _spec(*axes: Any) -> jax.sharding.PartitionSpec:
+    make: Any = jax.sharding.PartitionSpec  # Its constructor is not typed.
+    spec: jax.sharding.PartitionSpec = make(*axes)
+    return spec

@@ -126,6 +126,7 @@ def fisher_from_probes(
         signs = devices.part(jax.random.rademacher(key, (total,), losses.dtype))
         # Means rather than sums, which half precision might not hold.
         weights = jnp.where(counted, signs / n, 0)
+        weights += jnp.zeros_like(losses)  # Placed as these on an explicit mesh.
         return jax.tree.map(
             lambda g: n * jnp.square(g.astype(_tree.accumulator_dtype(g.dtype))),
             devices.sum(pullback(weights.astype(losses.dtype))),
@@ -146,7 +147,7 @@ def first_examples(owner: str, batch: Any, num_examples: Any) -> Any:
     n = _examples.count(owner, batch)
     if num_examples is not None:
         n = min(n, check_integer(owner, "num_examples", num_examples, low=1))
-    return jax.tree.map(lambda x: x[:n], batch)
+    return jax.tree.map(lambda x: _examples.part(jnp.asarray(x), 0, n), batch)
 
 
 def _counted(devices: Devices, size: int, num_examples: Any) -> tuple[int, jax.Array]:
@@ -162,11 +163,15 @@ def _chunks(examples: Any, size: int) -> tuple[Any, Any]:
     whole = n - n % size
 
     def chunk(x: jax.Array) -> jax.Array:
+        if _examples.is_placed(x):  # A scan along a sharded axis is refused.
+            groups: jax.Array = _examples.cut(_examples.part(x, 0, whole), size, 1)
+            return jnp.squeeze(groups, 2)
         return x[:whole].reshape(whole // size, size, *x.shape[1:])
 
     chunks = jax.tree.map(chunk, examples) if whole else None
-    rest = jax.tree.map(lambda x: x[whole:], examples) if whole < n else None
-    return chunks, rest
+    if whole == n:
+        return chunks, None
+    return chunks, jax.tree.map(lambda x: _examples.part(x, whole, n), examples)
 
 
 def _zeros(p: Any) -> Any:

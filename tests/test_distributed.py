@@ -1,5 +1,7 @@
 """The same steps on eight simulated devices as on one."""
 
+import functools
+import itertools
 import math
 import re
 
@@ -183,11 +185,29 @@ def test_fully_sharded_state_and_masks_are_not_gathered():
     assert {kind for kind, _ in gathered(probes)} == {"f32"}
 
 
-@pytest.mark.parametrize("size", [2, BATCH // DEVICES, 32, BATCH])
-@pytest.mark.parametrize("at_once", [1, None])
-def test_micro_batches_on_a_mesh_of_explicit_axes(size, at_once):
+def fisher(base, **options):
+    return optax_sam.sparse_sam(
+        base, 0.1, optax_sam.unstructured(0.5), refresh_every=2, **options
+    )
+
+
+EXPLICIT = {name: METHODS[name] for name in ("vasso", "dynamic sparse", "reweighted")}
+for size, at_once in itertools.product([2, BATCH // DEVICES, 32, BATCH], [1, None]):
+    EXPLICIT[f"micro-batches of {size}, {at_once} at once"] = functools.partial(
+        optax_sam.m_sam, rho=0.1, micro_batch_size=size, micro_batches_at_once=at_once
+    )
+# In chunks that all devices share, or not, and a rest.
+for num_examples, chunk_size in ((BATCH, 4), (24, 8), (20, 8), (24, 5)):
+    EXPLICIT[f"fisher of {num_examples} by {chunk_size}"] = functools.partial(
+        fisher, num_examples=num_examples, chunk_size=chunk_size
+    )
+EXPLICIT["fisher by probes"] = functools.partial(fisher, estimator="probes")
+
+
+@pytest.mark.parametrize("method", EXPLICIT)
+def test_a_mesh_of_explicit_axes(method):
     explicit = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, size, micro_batches_at_once=at_once)
+    tx = EXPLICIT[method](optax.sgd(1.0))
     step = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
     state = tx.init(PROBLEM.params)
     _, expected, _ = step(PROBLEM.params, state, PROBLEM.batch)
