@@ -77,8 +77,8 @@ def of_opt_state(
 ) -> Any:
     """The shardings of an optimizer's state: what is like the parameters lies as they.
 
-    Left to itself, `jax.jit(tx.init)` copies averages and masks to all devices, as
-    their values do not depend on the parameters.
+    `jax.jit(tx.init)` puts the state of a sharpness-aware optimizer there by itself.
+    That of others it copies to all devices; and it needs parameters, not their shapes.
 
     Args:
       tx: any Optax optimizer.

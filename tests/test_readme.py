@@ -14,7 +14,7 @@ import optax_sam
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LINEN, NNX, COMPOSING, BY_HAND, CHEAPER, IN_PARTS, FLOAT16 = CODE
+LINEN, NNX, COMPOSING, BY_HAND, CHEAPER, SHARD_MAP, IN_PARTS, FLOAT16 = CODE
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
 
 
@@ -77,7 +77,17 @@ def test_cheaper_steps():
     assert problems.norm(updates) > 0
 
 
+def test_shard_map():
+    scope = {}
+    exec(LINEN + SHARD_MAP, scope)
+    inputs = scope["params"], scope["opt_state"], scope["batch"]
+    assert len(jax.devices()) > 1
+    alone = optax_sam.value_and_update(scope["loss_fn"], scope["tx"])(*inputs)
+    problems.assert_trees_close(scope["step"](*inputs), alone, rtol=1e-4, atol=1e-6)
+
+
 def test_two_commands():
-    main_job, tests = COMMANDS
+    main_job, tests, processes = COMMANDS
     assert main_job.endswith("examples/compare.py")
     assert tests.endswith("-m pytest -n 2")
+    assert "examples/multi_process.py" in processes
