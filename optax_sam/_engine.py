@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _micro_batch, _protocol, _tree
+from optax_sam import _micro_batch, _protocol
 from optax_sam._ascend import Step
 from optax_sam._devices import AxisName, Devices, place_like
 from optax_sam._hyperparameter import check_integer
@@ -41,11 +41,11 @@ def sharpness_aware(
     that the ascent gives back as `optax.MaskedNode` are not perturbed. Ascents combine
     with :func:`optax.chain`.
 
-    A clean gradient that is not finite gives :math:`\varepsilon = 0`; of an ascent that
-    takes a gradient of its own, what it makes of that counts. If either gradient is not
-    finite, the ascent's state stays as it was, so schedules in it count the ascents
-    that were made. What the base then does with the gradient is up to the base: wrap
-    it in `optax.apply_if_finite` to skip the step.
+    A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
+    ascent's state as it was; of an ascent that takes a gradient of its own, what it
+    makes of that counts. What the base then does with the gradient at :math:`w` is
+    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
+    the ascent count the ascents that were made.
 
     Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
@@ -199,9 +199,8 @@ def sharpness_aware(
             passes, ascent_state = step.over_all(updates)
         else:
             passes, ascent_state = step.over_devices(updates)
-        finite = passes.finite & _tree.all_finite(passes.gradient)
         ascent_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(passes.finite, new, old),
             ascent_state,
             state.ascent_state,
         )

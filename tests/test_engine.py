@@ -369,21 +369,6 @@ def test_apply_if_finite_inside_skips_the_step_around_does_not_see_it():
     assert jnp.isnan(updates).all()
 
 
-def test_a_second_gradient_that_is_not_finite_changes_no_state():
-    base = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 5)
-    tx = optax_sam.vasso(base, rho=0.1, theta=0.5)
-    params = jnp.ones(2)
-    _, state = tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
-    updates, after = tx.update(
-        2 * params, state, params, grad_fn=lambda p: jnp.where(p > 1.0, jnp.inf, p)
-    )
-    np.testing.assert_array_equal(updates, jnp.zeros(2))
-    problems.assert_trees_equal(after.ascent_state, state.ascent_state)
-    problems.assert_trees_equal(
-        after.base_state.inner_state, state.base_state.inner_state
-    )
-
-
 def test_the_scale_of_the_loss_changes_no_epsilon():
     points = {}
     for scale in (1.0, 2.0**12):

@@ -23,9 +23,9 @@ METHODS = {
 }
 
 
-def scope_of(recipe, tx):
+def scope_of(recipe, tx=None, loss_fn=PROBLEM.loss_fn):
     scope = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam}
-    scope |= {"loss_fn": PROBLEM.loss_fn, "tx": tx}
+    scope |= {"loss_fn": loss_fn, "tx": tx}
     exec(recipe, scope)
     return scope
 
@@ -102,9 +102,7 @@ def test_a_loss_scale_changes_gradients_by_rounding_only(method):
 
 def test_small_gradients_need_the_scale():
     tx = optax_sam.sam(optax.sgd(1.0), 0.1)
-    scope = scope_of(FLOAT16, tx)
-    tiny = {**scope, "loss_fn": lambda p, b: 1e-7 * PROBLEM.loss_fn(p, b)}
-    exec(FLOAT16, tiny)
+    tiny = scope_of(FLOAT16, loss_fn=lambda p, b: 1e-7 * PROBLEM.loss_fn(p, b))
     step = optax_sam.value_and_update(tiny["half_loss_fn"], tx)
     inputs = PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch
     norms = [
@@ -116,7 +114,7 @@ def test_small_gradients_need_the_scale():
 
 
 def test_overflow_skips_the_step_and_halves_the_scale():
-    scope = scope_of(FLOAT16, None)
+    scope = scope_of(FLOAT16)
     half_step, tx = scope["half_step"], scope["tx"]
     inputs = start(tx, jnp.float32(1024.0))
     _, params, opt_state, scale, num_good = half_step(*inputs)
@@ -135,8 +133,29 @@ def test_overflow_skips_the_step_and_halves_the_scale():
     assert opt_state.base_state.total_notfinite == 2
 
 
+def test_overflow_at_the_perturbed_weights_alone_skips_the_step():
+    def loss_fn(params, batch):
+        steep = jnp.where(params["w"] > 1.01, 2e4 * params["w"], params["w"])
+        return jnp.sum(batch * steep, axis=-1)
+
+    scope = scope_of(FLOAT16, loss_fn=loss_fn)
+    params, batch = {"w": jnp.ones((1, 2))}, jnp.ones((4, 2))
+    opt_state, scale = scope["tx"].init(params), jnp.float32(64.0)
+    clean = jax.grad(lambda p: jnp.mean(scope["half_loss_fn"](p, batch, scale)))(params)
+    np.testing.assert_array_equal(clean["w"], jnp.ones((1, 2)))
+    _, new_params, new_state, scale, _ = scope["half_step"](
+        params, opt_state, batch, scale, jnp.int32(7)
+    )
+    assert scale == 32
+    problems.assert_trees_equal(new_params, params)
+    problems.assert_trees_equal(new_state.ascent_state, opt_state.ascent_state)
+    problems.assert_trees_equal(
+        new_state.base_state.inner_state, opt_state.base_state.inner_state
+    )
+
+
 def test_a_scale_that_is_far_too_large_comes_down_and_grows_again():
-    scope = scope_of(FLOAT16.replace("2000", "20"), None)
+    scope = scope_of(FLOAT16.replace("2000", "20"))
     inputs = start(scope["tx"], jnp.float32(2.0**24))
     losses, scales = [], []
     for _ in range(60):
