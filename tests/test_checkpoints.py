@@ -21,11 +21,6 @@ from checkpoints import Checkpoints, Progress, checksum
 from test_scripts import TINY, check_refusal, results
 
 EPOCHS = 4
-CACHE = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
 OPTIONS = [*TINY, "--epochs", str(EPOCHS), "--noise", "0.2", "--dropout", "0.1"]
 
 
@@ -370,10 +365,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     directory, log = killed / "checkpoints", tmp_path / "log"
     options = [*OPTIONS, "--method", "dynamic_sparse_sam", "--epochs", "25"]
-    environment = {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
-    for name in CACHE:  # That of the tests: every run compiles all anew otherwise.
-        if getattr(jax.config, name) is not None:
-            environment[name.upper()] = str(getattr(jax.config, name))
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "OPENBLAS_NUM_THREADS": "1",
+        # Every run compiles all anew otherwise. Not that of the tests: a run that is
+        # killed may leave half a program behind.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     found = []
     rng = random.Random(4)
 
