@@ -38,7 +38,7 @@ class Step:
     def over_all(self, gradient: optax.Updates) -> tuple[Passes, optax.OptState]:
         """All examples ascend together, along the mean of the devices' gradients."""
         if "axis_name" not in self.arguments:
-            gradient = self.devices.mean(self._own(gradient))
+            gradient = self.devices.mean(self.devices.own("grads", gradient))
         return two_passes(
             self._ascend_together,
             gradient,
@@ -55,7 +55,8 @@ class Step:
             )
             clean = _protocol.clean_arguments(losses, pullback)  # type: ignore[arg-type]
         else:
-            clean = {"grad": self._own(gradient)}
+            clean = {"grad": gradient}
+        self.devices.own("grads", clean["grad"])
         return self._advance(self._alone(clean, self.gradient_at))
 
     def over_micro_batches(
@@ -68,7 +69,7 @@ class Step:
         step = dataclasses.replace(self, arguments=arguments)
         passes = _micro_batch.mean(
             step._over_micro_batch,
-            _micro_batch.split(batch, size, at_once),
+            _micro_batch.split(batch, size, at_once, self.devices),
             self.devices.vary(self.params),
         )
         return step._advance(passes)
@@ -107,16 +108,3 @@ class Step:
     def _ascend_together(self, gradient: optax.Updates) -> Ascended:
         arguments = self.arguments | _protocol.given(axis_name=self.devices.axis_name)
         return self.ascend(gradient, params=self.params, **arguments)
-
-    def _own(self, gradient: optax.Updates) -> optax.Updates:
-        """Refuses a gradient that JAX has added up over the devices."""
-        if not self.devices.own(gradient):
-            name = self.devices.axis_name
-            raise ValueError(
-                f"sharpness_aware: grads are the same on all devices of {name!r}, so "
-                "jax.shard_map has added them up already, to a sum or to a mean; "
-                "differentiate with respect to "
-                f"jax.lax.pcast(params, {name!r}, to='varying'), or let "
-                f"optax_sam.value_and_update(..., axis_name={name!r}) make the call."
-            )
-        return gradient

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 
@@ -49,7 +50,16 @@ class Devices:
 
     def mean(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         """The mean over devices; what is known to be the same on all is its own."""
-        return self._reduce(jax.lax.pmean, tree)
+        pmean: Callable[..., Any] = jax.lax.pmean
+        psum: Callable[..., Any] = jax.lax.psum
+
+        def mean(x: jax.Array, axis_name: AxisName) -> Any:
+            if x.dtype.itemsize >= 4:
+                return pmean(x, axis_name)
+            # Half precision might not hold the sum.
+            return psum(x / jnp.asarray(self.size(), x.dtype), axis_name)
+
+        return self._reduce(mean, tree)
 
     def sum(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         """The sum over devices of what differs between them."""
@@ -78,10 +88,22 @@ class Devices:
         axes = self._checked_axes()
         return jax.tree.map(lambda x: _vary(x, axes), tree)
 
-    def own(self, tree: chex.ArrayTree) -> bool:
-        """Whether, as far as JAX knows, every leaf is a device's own."""
+    def own(self, name: str, gradient: chex.ArrayTree) -> chex.ArrayTree:
+        """Returns a gradient that is a device's own, or refuses one that is a sum.
+
+        As far as JAX knows: it keeps account of that with `check_vma=True`.
+        """
         axes = self._checked_axes()
-        return all(axes <= _varying(x) for x in jax.tree.leaves(tree))
+        for path, x in jax.tree.leaves_with_path(gradient):
+            if not axes <= _varying(x):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} is the same on all devices of "
+                    f"{self.axis_name!r}: jax.shard_map has added it up, or it is a "
+                    "mean already. Differentiate with respect to "
+                    f"jax.lax.pcast(params, {self.axis_name!r}, to='varying'), or let "
+                    "optax_sam.value_and_update(..., axis_name=...) make the call."
+                )
+        return gradient
 
     def _reduce(
         self, collective: Callable[..., Any], tree: chex.ArrayTree
@@ -108,8 +130,13 @@ def vary_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     The branches of a `cond`, the carry of a loop and a tangent must agree in that with
     their counterparts.
     """
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(like)))
+    axes = axes_of(like)
     return jax.tree.map(lambda x: _vary(x, axes), tree)
+
+
+def axes_of(tree: chex.ArrayTree) -> frozenset[Hashable]:
+    """The axes that something in a tree is known to vary along."""
+    return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
 
 
 def place_like(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
@@ -117,13 +144,16 @@ def place_like(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
 
     That is what is found in `state` under the path of the parameter and has its shape.
     New arrays, of zeros say, are otherwise copied to every device, since nothing but
-    their shape follows from the parameters. Outside of `jit` they are placed already.
+    their shape follows from the parameters. Outside of `jit`, and on a mesh of explicit
+    axes, they are placed already.
     """
     by_path = {
         tuple(path): p
         for path, p in jax.tree.leaves_with_path(params)
-        if isinstance(p, jax.core.Tracer)
+        if isinstance(p, jax.core.Tracer) and not _has_explicit_axes(p)
     }
+    if not by_path:
+        return state
 
     def place(path: Any, x: Any) -> Any:
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
@@ -137,6 +167,10 @@ def place_like(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
         return x
 
     return jax.tree.map_with_path(place, state)
+
+
+def _has_explicit_axes(x: Any) -> bool:
+    return AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ())
 
 
 def _varying(x: Any) -> frozenset[Hashable]:

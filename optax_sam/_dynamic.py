@@ -93,17 +93,16 @@ def sparsify_dynamically(
     check_choice(owner, "grow_by", grow_by, ("random", "gradient"))
     seed = as_key(owner, key)
 
+    first = jax.random.fold_in(seed, 2**32 - 1)  # No count of steps gets there.
+
+    @jax.jit  # One compilation, not one for each operation and shape.
+    def draw(params: optax.Params) -> chex.ArrayTree:
+        ranks = _random_ranks(first, params)
+        return place_like(_top_k.largest(ranks, num_kept(params, sparsity)), params)
+
     def init_fn(params: optax.Params) -> SparsifyDynamicallyState:
-        first = jax.random.fold_in(seed, 2**32 - 1)  # No count of steps gets there.
-
-        def draw(params: optax.Params) -> chex.ArrayTree:
-            ranks = _random_ranks(first, params)
-            return place_like(_top_k.largest(ranks, num_kept(params, sparsity)), params)
-
         return SparsifyDynamicallyState(
-            count=jnp.zeros([], jnp.int32),
-            mask=jax.jit(draw)(params),  # One compilation, not one for each operation.
-            key=key_data(seed),
+            count=jnp.zeros([], jnp.int32), mask=draw(params), key=key_data(seed)
         )
 
     def update_fn(

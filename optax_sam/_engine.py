@@ -82,9 +82,9 @@ def sharpness_aware(
         computed by all of them. Unused without `micro_batch_size`.
       axis_name: The axis, or axes, of `jax.shard_map` or `jax.pmap` over which devices
         share the batch, where update is called inside of one: `grads`, `batch`,
-        `losses`, `pullback` and what `grad_fn` returns are then those of one device,
-        and updates and state those of one device with all examples. Inside of
-        `shard_map` take `grads` with respect to
+        `losses`, `pullback`, `value`, `grad` and what `grad_fn` returns are then those
+        of one device, and updates and state those of one device with all examples.
+        Inside of `shard_map` take `grads` and `pullback` with respect to
         `jax.lax.pcast(params, axis_name, to="varying")`: with respect to `params`
         itself JAX gives the sum over devices. :func:`value_and_update` with an
         `axis_name` of its own does all that, and this one is not needed. Under `jit`,
@@ -186,8 +186,11 @@ def sharpness_aware(
                 "and batch in its place."
             )
         gradient_at = _protocol.gradient_function(loss_fn, batch, grad_fn)
-        extra_args |= _protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
         devices = _devices_of(axis_name, sync_ascent, extra_args)
+        if "axis_name" not in extra_args:  # Then these are a device's own.
+            own = {name: extra_args.get(name) for name in ("value", "grad")}
+            extra_args |= devices.mean(_protocol.given(**own))
+        extra_args |= _protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
         ascend = partial(ascent.update, state=state.ascent_state)
         step = Step(ascend, params, gradient_at, extra_args, devices)
         size, at_once = micro_batch_size, micro_batches_at_once
@@ -241,16 +244,16 @@ def _devices_of(
 ) -> Devices:
     """The devices that share the batch, by the name given here or to the update."""
     shared = extra_args.get("axis_name")
-    if None not in (axis_name, shared) and axis_name != shared:
+    names = [n if isinstance(n, tuple) else (n,) for n in (axis_name, shared)]
+    if None not in (axis_name, shared) and names[0] != names[1]:
         raise ValueError(
             f"sharpness_aware: axis_name = {axis_name!r}, but update was called with "
             f"axis_name = {shared!r}; name the axis in one place only, which for "
             "optax_sam.value_and_update is there."
         )
     devices = Devices(axis_name if shared is None else shared)
-    if devices.axis_name is not None:
-        devices.check("sharpness_aware")
-    elif not sync_ascent:
+    devices.check("sharpness_aware")
+    if devices.axis_name is None and not sync_ascent:
         raise ValueError(
             "sharpness_aware: sync_ascent=False lets every device ascend for itself, "
             "and axis_name is missing; pass the axis of jax.shard_map or jax.pmap, "

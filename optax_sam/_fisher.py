@@ -60,38 +60,40 @@ def fisher_diagonal(
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
+    owner = "fisher_diagonal"
     devices = Devices(axis_name)
-    examples = first_examples("fisher_diagonal", batch, num_examples)
-    chunk_size = check_integer("fisher_diagonal", "chunk_size", chunk_size, low=1)
-    n = _examples.count("fisher_diagonal", examples)
-    total_n, counted = _counted(devices, _examples.count("", batch), num_examples)
+    devices.check(owner)
+    examples = first_examples(owner, batch, num_examples)
+    chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1)
+    n, counted = _counted(devices, _examples.count(owner, batch), num_examples)
     # On one device all that are left count, and nothing has to say so.
-    shares = None if axis_name is None else counted[:n].astype(jnp.float32)
+    counts = None if axis_name is None else counted[: _examples.count(owner, examples)]
     params = devices.vary(params)
 
     def loss(params: optax.Params, example: Any) -> jax.Array:
-        example, share = jax.tree.map(lambda x: x[None], example)
-        losses = loss_fn(params, example)
-        losses = _protocol.check_per_example("fisher_diagonal", losses, 1)
-        return losses[0] if share is None else losses[0] * share[0]
+        losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+        return _protocol.check_per_example(owner, losses, 1)[0]
 
-    def add_squares(total: chex.ArrayTree, examples: Any) -> chex.ArrayTree:
-        gradients = jax.vmap(jax.grad(loss), (None, 0))(params, examples)
-        return jax.tree.map(
-            lambda t, g: t + jnp.sum(jnp.square(g.astype(t.dtype)), axis=0),
-            total,
-            gradients,
-        )
+    def squares(example: Any, counts: jax.Array | None) -> chex.ArrayTree:
+        def square(g: jax.Array) -> jax.Array:
+            s = jnp.square(g.astype(_tree.accumulator_dtype(g.dtype)))
+            return s if counts is None else jnp.where(counts, s, 0)
+
+        return jax.tree.map(square, jax.grad(loss)(params, example))
+
+    def add_squares(total: chex.ArrayTree, chunk: Any) -> chex.ArrayTree:
+        of_examples = jax.vmap(squares)(*chunk)
+        return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, of_examples)
 
     total = jax.tree.map(_zeros, params)
-    chunks, rest = _chunks((examples, shares), chunk_size)
+    chunks, rest = _chunks((examples, counts), chunk_size)
     if chunks is not None:
         total, _ = jax.lax.scan(
             lambda total, chunk: (add_squares(total, chunk), None), total, chunks
         )
     if rest is not None:
         total = add_squares(total, rest)
-    return jax.tree.map(lambda t: t / total_n, devices.sum(total))
+    return jax.tree.map(lambda t: t / n, devices.sum(total))
 
 
 def fisher_from_probes(
@@ -127,9 +129,10 @@ def fisher_from_probes(
         # Means rather than sums, which half precision might not hold.
         weights = jnp.where(counted, signs / n, 0)
         weights += jnp.zeros_like(losses)  # Placed as these on an explicit mesh.
+        gradient = pullback(weights.astype(losses.dtype))
         return jax.tree.map(
             lambda g: n * jnp.square(g.astype(_tree.accumulator_dtype(g.dtype))),
-            devices.sum(pullback(weights.astype(losses.dtype))),
+            devices.sum(devices.own("pullback(weights)", gradient)),
         )
 
     if num_probes == 1:  # Convolutions on the CPU are slow in a loop.

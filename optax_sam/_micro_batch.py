@@ -25,22 +25,23 @@ def is_whole(batch: Any, size: int, devices: Devices) -> bool:
     return _examples.count(_OWNER, batch) * devices.size() == size
 
 
-def split(batch: Any, size: int, at_once: int | None) -> Any:
+def split(batch: Any, size: int, at_once: int | None, devices: Devices) -> Any:
     """Cuts a batch `[B, ...]` into micro-batches `[rounds, at_once, size, ...]`."""
     num_examples = _examples.count(_OWNER, batch)
     if num_examples % size:
+        divisors = [m for m in range(1, num_examples + 1) if num_examples % m == 0]
         raise ValueError(
-            f"{_OWNER}: micro_batch_size = {size} does not divide the batch of "
-            f"{num_examples} examples; drop the incomplete micro-batch, or choose one "
-            f"of {[m for m in range(1, num_examples + 1) if num_examples % m == 0]}."
+            f"{_OWNER}: micro_batch_size = {size} does not divide the {num_examples} "
+            f"examples of {_holder(devices)}; drop the incomplete micro-batch, or "
+            f"choose one of {divisors}."
         )
     num_micro_batches = num_examples // size
     at_once = num_micro_batches if at_once is None else min(at_once, num_micro_batches)
     if num_micro_batches % at_once:
         raise ValueError(
             f"{_OWNER}: micro_batches_at_once = {at_once} does not divide the "
-            f"{num_micro_batches} micro-batches of a batch of {num_examples} examples; "
-            "choose a divisor, or None for all at once."
+            f"{num_micro_batches} micro-batches of the {num_examples} examples of "
+            f"{_holder(devices)}; choose a divisor, or None for all at once."
         )
     return _examples.cut(batch, at_once, size)
 
@@ -75,6 +76,10 @@ def mean(
     means = jax.tree.map(lambda x: x / (rounds * at_once), total)
     clean, gradient = (_tree.cast_like(tree, params) for tree in means)
     return Passes(clean, gradient, jnp.all(finite))
+
+
+def _holder(devices: Devices) -> str:
+    return "the batch" if devices.size() == 1 else "a device"
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import _tree
+from optax_sam._devices import vary_like
 
 ARGUMENTS = frozenset(
     {
@@ -215,10 +216,18 @@ def require(owner: str, **arguments: Any) -> None:
 def linearise(losses_fn: Any, params: optax.Params, has_aux: bool = False) -> Any:
     """The losses at `params`, and `weights -> gradient of sum(weights * losses)`.
 
-    With `has_aux`, auxiliary data come third.
+    With `has_aux`, auxiliary data come third. Of parameters that each device has for
+    itself, the gradients are its own, even if the losses are a mean over devices.
     """
+
+    def own_losses(params: optax.Params) -> Any:
+        if not has_aux:
+            return vary_like(losses_fn(params), params)
+        losses, aux = losses_fn(params)
+        return vary_like(losses, params), aux
+
     differentiate: Any = jax.vjp  # Its type does not allow for either of two.
-    losses, vjp, *aux = differentiate(losses_fn, params, has_aux=has_aux)
+    losses, vjp, *aux = differentiate(own_losses, params, has_aux=has_aux)
     return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0], *aux
 
 

@@ -145,7 +145,8 @@ def reweight_by_sharpness(
         weights, mean = _gibbs(slopes, strength, uniform, normalize, devices)
         # Weights of a device's examples, relative to its share of the batch: hence the
         # mean over devices, and the same rounding as on one.
-        gradient = devices.mean(pullback(weights.astype(losses.dtype)))
+        gradient = pullback(weights.astype(losses.dtype))
+        gradient = devices.mean(devices.own("pullback(weights)", gradient))
         gradient = _tree.map_present(lambda _, g: g, updates, gradient)
         weights = weights / devices.size()
         return gradient, ReweightBySharpnessState(

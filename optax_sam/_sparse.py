@@ -115,13 +115,15 @@ def sparsify_by_fisher(
         scoring_batch: Any = _protocol.MISSING,
         losses: Any = None,
         pullback: Any = None,
+        ascent_loss_fn: Any = None,
         axis_name: AxisName | None = None,
         scoring_axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SparsifyByFisherState]:
         del extra_args
         axis_name = axis_name if scoring_axis_name is None else scoring_axis_name
-        clean = losses, pullback
+        # Those of the clean pass serve if they are of this loss and these examples.
+        clean = (losses, pullback) if ascent_loss_fn is None else (None, None)
         if scoring_loss_fn is not None:
             loss_fn, clean = scoring_loss_fn, (None, None)
         if scoring_batch is not _protocol.MISSING:

@@ -11,7 +11,7 @@ import jax
 import optax
 
 from optax_sam import _protocol
-from optax_sam._devices import AxisName, Devices
+from optax_sam._devices import AxisName, Devices, axes_of, vary_like
 
 LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
@@ -101,11 +101,12 @@ def value_and_update(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
         _protocol.check_parameters(params)
-        if axis_name is not None:
-            devices.check("value_and_update")
+        devices.check("value_and_update")
+        own_params = devices.vary(params)
         losses, pullback, aux = _protocol.linearise(
-            lambda p: clean_fn(p, *args), devices.vary(params), has_aux=True
+            lambda p: clean_fn(p, *args), own_params, has_aux=True
         )
+        _check_axes(losses, own_params)
 
         def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
             first = 1 if args else 0
@@ -164,13 +165,26 @@ def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
     return losses_and_aux
 
 
+def _check_axes(losses: jax.Array, params: optax.Params) -> None:
+    """Refuses losses whose gradients JAX would add up over devices."""
+    axes = axes_of(losses) - axes_of(params)
+    if axes:
+        raise ValueError(
+            f"value_and_update: losses differ along the axes {sorted(map(str, axes))} "
+            "of jax.shard_map and parameters do not, so that JAX would add up the "
+            "devices' gradients; pass axis_name=..., for the mean over these devices, "
+            "or let loss_fn return it by jax.lax.pmean."
+        )
+
+
 def _value_function(
     loss_fn: Callable[..., jax.Array], batch: Any, devices: Devices
 ) -> Callable[..., jax.Array]:
     """The clean mean loss as a function of params alone, for line searches."""
 
     def own_loss(params: optax.Params) -> jax.Array:
-        return _protocol.mean_loss(loss_fn(params, batch))
+        loss: jax.Array = vary_like(_protocol.mean_loss(loss_fn(params, batch)), params)
+        return loss
 
     alone = devices.axis_name is None
     mean_loss = own_loss if alone else _over_devices(own_loss, devices)

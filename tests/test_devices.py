@@ -6,6 +6,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
 import pytest
@@ -124,7 +125,7 @@ def test_micro_batches_of_a_part_of_a_device_of_one_and_of_all(size):
 
 def test_micro_batches_do_not_span_devices():
     tx = optax_sam.m_sam(base(), 0.1, 16)
-    with pytest.raises(ValueError, match=r"16 does not divide the batch of 8"):
+    with pytest.raises(ValueError, match=r"16 does not divide the 8 examples of a dev"):
         train(over_devices(make_step(tx, axis_name="data")), tx)
 
 
@@ -200,6 +201,28 @@ def test_every_optimizer_gets_means_over_devices(tx, check_vma):
     problems.assert_trees_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
+def test_the_first_examples_are_those_of_the_first_devices():
+    """Others do not count, be they infinite."""
+    batch = jnp.arange(1.0, BATCH + 1)[:, None].at[9].set(jnp.inf)
+    for num_examples, chunk_size in ((9, 4), (3, 2), (8, 8)):
+        score = partial(
+            optax_sam.fisher_diagonal,
+            lambda w, batch: jnp.sum(w[None] * batch, axis=-1),
+            num_examples=num_examples,
+            chunk_size=chunk_size,
+        )
+        over = jax.shard_map(
+            lambda w, batch, score=score: score(w, batch, axis_name="data"),
+            mesh=mesh(),
+            in_specs=(REPLICATED, SPLIT),
+            out_specs=REPLICATED,
+        )
+        w = jnp.zeros(1)
+        np.testing.assert_allclose(over(w, batch), score(w, batch), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"fisher_diagonal: axis_name = 'data' is"):
+        score(w, batch, axis_name="data")
+
+
 def test_several_axes():
     names = ("host", "device")
     grid = jax.make_mesh((2, 4), names, axis_types=(AxisType.Auto,) * 2)
@@ -212,6 +235,84 @@ def test_several_axes():
     )
     expected = on_one_device("fisher")
     problems.assert_trees_close(train(step, tx), expected, rtol=2e-5, atol=2e-5)
+
+
+@checks
+def test_a_loss_that_is_a_mean_over_devices_already(check_vma):
+    tx = optax_sam.sam(base(), 0.1)
+
+    def loss_fn(params, batch):
+        return jax.lax.pmean(jnp.mean(PROBLEM.loss_fn(params, batch)), "data")
+
+    named = optax_sam.value_and_update(loss_fn, tx, axis_name="data")
+    unnamed = optax_sam.value_and_update(loss_fn, tx)
+    for step in (named, unnamed) if check_vma else (named,):
+        actual = train(over_devices(step, check_vma=check_vma), tx)
+        expected = on_one_device("sam")
+        problems.assert_trees_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_forgotten_axis_is_refused():
+    tx = optax_sam.sam(base(), 0.1)
+    with pytest.raises(
+        ValueError, match=r"differ along the axes \['data'\].*axis_name"
+    ):
+        train(over_devices(make_step(tx)), tx)
+
+
+@checks
+def test_the_sum_over_devices_may_exceed_half_precision(check_vma):
+    tx = optax_sam.sam(optax.sgd(1.0), 0.1)
+    step = optax_sam.value_and_update(
+        lambda w, batch: 2e4 * w[0] * batch[:, 0], tx, axis_name="data"
+    )
+    w = jnp.zeros(1, jnp.float16)
+    batch = jnp.ones((BATCH, 1), jnp.float16)
+    _, updates, _ = over_devices(step, check_vma=check_vma)(w, tx.init(w), batch)
+    np.testing.assert_allclose(updates, [-2e4], rtol=1e-3)
+
+
+def test_by_hand_the_base_gets_the_mean_value():
+    tx = optax_sam.sharpness_aware(optax.contrib.momo(1e3), RADIUS, axis_name="data")
+
+    def step(params, opt_state, batch):
+        own = jax.lax.pcast(params, "data", to="varying")
+        value, grads = jax.value_and_grad(
+            lambda p: jnp.mean(PROBLEM.loss_fn(p, batch))
+        )(own)
+        grad_fn = partial(mean_gradient, batch=batch)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, grad_fn=grad_fn, value=value
+        )
+        return jax.lax.pmean(value, "data"), updates, opt_state
+
+    alone = optax_sam.sam(optax.contrib.momo(1e3), 0.1)
+    expected = train(make_step(alone), alone, steps=3)
+    actual = train(over_devices(step), tx, steps=3)
+    problems.assert_trees_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("ascent", ["reweighted", "fisher by probes"])
+def test_a_pullback_that_adds_up_devices_is_refused(ascent, sync):
+    tx = optax_sam.sharpness_aware(base(), ASCENTS[ascent], sync_ascent=sync)
+
+    def step(params, opt_state, batch):
+        losses, pull = jax.vjp(lambda p: PROBLEM.loss_fn(p, batch), params)
+        updates, opt_state = tx.update(
+            jax.tree.map(jnp.zeros_like, params),
+            opt_state,
+            params,
+            loss_fn=PROBLEM.loss_fn,
+            batch=batch,
+            losses=losses,
+            pullback=lambda w: pull(w)[0],
+            axis_name="data",
+        )
+        return jnp.zeros([]), updates, opt_state
+
+    with pytest.raises(ValueError, match=r"same on all devices of 'data'.*pcast"):
+        train(over_devices(step), tx)
 
 
 @pytest.mark.parametrize("sync", [True, False])

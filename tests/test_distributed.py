@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 import problems
 import pytest
@@ -97,6 +98,31 @@ def test_twenty_steps_on_many_devices_are_those_on_one(method, layout):
         single = optax.apply_updates(single[0], updates), new_state
         assert value == pytest.approx(float(loss), rel=2e-5)
     problems.assert_trees_close((params, state), single, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_states_that_belong_to_no_parameter_are_left_alone(kind):
+    """Whatever their names and shapes: here those of a parameter that is sharded."""
+
+    def init_fn(params):
+        del params
+        return {"w": jnp.arange(16), "note": jnp.zeros(3)}
+
+    odd = optax.GradientTransformation(init_fn, lambda u, s, p=None: (u, s))
+    tx = optax_sam.rw_sam(optax.chain(odd, optax.adam(0.1)), 0.1, 0.1)
+    across = jax.make_mesh(
+        (2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2]
+    )
+    for params in ({"w": jnp.ones(16)}, jnp.ones(2)):  # A key is of shape [2].
+        expected = tx.init(params)
+        with jax.set_mesh(across):
+            sharded = jax.device_put(
+                params, NamedSharding(across, PartitionSpec("data"))
+            )
+            state = jax.jit(tx.init)(sharded)
+        problems.assert_trees_equal(jax.device_get(state), jax.device_get(expected))
+    text = optax.GradientTransformation(lambda p: {"note": "hello"}, odd.update)
+    assert optax_sam.sam(text, 0.1).init(params).base_state == {"note": "hello"}
 
 
 def assert_placed_alike(a, b):

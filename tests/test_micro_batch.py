@@ -275,8 +275,8 @@ def run(problem, batch, size=SIZE, **micro):
 @pytest.mark.parametrize(
     ("size", "micro", "match"),
     [
-        (5, {}, r"= 5 does not divide the batch of 16 .* one of \[1, 2, 4, 8, 16\]"),
-        (32, {}, "= 32 does not divide the batch of 16 examples"),
+        (5, {}, r"= 5 does not divide the 16 .* one of \[1, 2, 4, 8, 16\]"),
+        (32, {}, "= 32 does not divide the 16 examples of the batch"),
         (4, {"micro_batches_at_once": 3}, "= 3 does not divide the 4 micro-batches"),
     ],
 )

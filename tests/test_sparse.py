@@ -126,6 +126,11 @@ def test_probes_use_the_pullback_that_is_given():
     _, given = update(link, losses=losses, pullback=lambda w: vjp(w)[0], loss_fn=wrong)
     _, own = update(link)
     problems.assert_trees_equal(given.mask, own.mask)
+    # But not where these are of another loss, that of the ascent.
+    _, other = update(
+        link, losses=jnp.ones(16), pullback=wrong, ascent_loss_fn=lambda *_: losses
+    )
+    problems.assert_trees_equal(other.mask, own.mask)
 
 
 def test_probes_draw_by_key_and_count():
