@@ -68,7 +68,8 @@ def value_and_update(
       TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if
         a parameter is not real floating point or the loss no array.
       ValueError: In the step, if the losses have more than one axis or none in number,
-        or if parameters are missing.
+        if parameters are missing, if `axis_name` is no axis, or if losses differ
+        between devices of `jax.shard_map` that it does not name.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
