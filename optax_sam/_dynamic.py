@@ -98,7 +98,8 @@ def sparsify_dynamically(
     @jax.jit  # One compilation, not one for each operation and shape.
     def draw(params: optax.Params) -> chex.ArrayTree:
         ranks = _random_ranks(first, params)
-        return place_like(_top_k.largest(ranks, num_kept(params, sparsity)), params)
+        mask = _top_k.largest(ranks, num_kept(params, sparsity))
+        return place_like(mask, params)  # The engine's turn is too late outside of jit.
 
     def init_fn(params: optax.Params) -> SparsifyDynamicallyState:
         return SparsifyDynamicallyState(
