@@ -24,9 +24,18 @@ from command_line import (
     versions,
     write_json,
 )
-from data import Dataset, Split, load_digits, normalize
+from data import (
+    Dataset,
+    Split,
+    load_digits,
+    normalize,
+    prefetched,
+    training_batches,
+)
+from evaluation import make_evaluate
 from jax.sharding import Mesh, NamedSharding
-from methods import METHODS, check_batch, hyperparameters, make_tx, momentum_sgd
+from methods import METHODS, check_batch, hyperparameters, make_tx
+from optimizers import momentum_sgd
 from processes import ProcessOptions, check_processes, start
 from sharding import (
     by_examples,
@@ -37,11 +46,9 @@ from sharding import (
 )
 from training import (
     TrainState,
-    make_evaluate,
     make_loss_fn,
     make_model,
     make_scoring_loss_fn,
-    shuffled_batches,
 )
 
 import optax_sam
@@ -72,23 +79,21 @@ def batches(
 
     Every process draws the same order, and prepares its own rows of each batch only.
     """
-    train = dataset.train
-    size = options.batch_size // jax.process_count()
+    own_rows = prefetched(
+        training_batches(
+            dataset.train,
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            seed=options.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    )
     from_own_rows: Any = jax.make_array_from_process_local_data
-    own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
-    for epoch in range(options.epochs):
-        key = jax.random.fold_in(jax.random.key(options.seed), epoch)
-        for index in np.asarray(
-            shuffled_batches(key, len(train.labels), options.batch_size)
-        ):
-            rows = index[own]
-            images = normalize(train.images[rows], dataset.mean, dataset.std)
-            yield Split(
-                *(
-                    from_own_rows(sharding, np.asarray(x))
-                    for x in (images, train.labels[rows])
-                )
-            )
+    for stacked in own_rows:
+        images, labels = (rows[0] for rows in stacked)
+        images = normalize(images, dataset.mean, dataset.std)
+        yield Split(*(from_own_rows(sharding, np.asarray(x)) for x in (images, labels)))
 
 
 def make_state(
