@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -18,13 +18,14 @@ from command_line import (
     write_json,
 )
 from data import Dataset, Split, load_digits
-from methods import METHODS, check_batch, hyperparameters, make_tx, momentum_sgd
-from report import Curves, plot_test_accuracy, print_table, summarize
+from evaluation import Evaluate, make_evaluate
+from figures import plot_test_accuracy
+from methods import METHODS, check_batch, hyperparameters, make_tx
+from optimizers import momentum_sgd
+from report import Curves, print_table, summarize
 from tqdm import tqdm
 from training import (
-    Evaluate,
     TrainState,
-    make_evaluate,
     make_init,
     make_model,
     make_train_steps,
@@ -56,6 +57,7 @@ class Contestant:
     """A method in the comparison, compiled once and trained from seed after seed.
 
     Attributes:
+      state: that of the training.
       curves: what it did so far, a `Curves` for each seed.
       compile_seconds: wall time of the compilation.
     """
@@ -73,7 +75,7 @@ class Contestant:
 
     def begin(self, state: TrainState) -> None:
         """Starts anew from a state."""
-        self._state = state
+        self.state = state
         self.curves.append(Curves())
 
     def train_epoch(
@@ -81,7 +83,7 @@ class Contestant:
     ) -> Curves:
         """Trains for an epoch, evaluates, and returns the curves since `begin`."""
         start = time.perf_counter()
-        self._state, train = self._train_epoch(self._state, dataset.train, indices, key)
+        self.state, train = self._train_epoch(self.state, dataset.train, indices, key)
         train.loss.block_until_ready()
         seconds = time.perf_counter() - start
         curves = self.curves[-1]
@@ -89,9 +91,9 @@ class Contestant:
         curves.train_loss.append(float(train.loss))
         curves.train_accuracy.append(float(train.accuracy))
         curves.valid_accuracy.append(
-            float(evaluate(self._state, dataset.valid).accuracy)
+            float(evaluate(self.state, dataset.valid).accuracy)
         )
-        curves.test_accuracy.append(float(evaluate(self._state, dataset.test).accuracy))
+        curves.test_accuracy.append(float(evaluate(self.state, dataset.test).accuracy))
         return curves
 
 
@@ -116,6 +118,7 @@ def compare(
     options: Any,
     datasets: Sequence[Dataset],
     txs: Mapping[str, optax.GradientTransformation],
+    after_epoch: Callable[[str, TrainState], None] | None = None,
 ) -> dict[str, Contestant]:
     """Trains every method with every seed.
 
@@ -123,6 +126,7 @@ def compare(
       options: those of `NoisyDigits`.
       datasets: one for each seed, of the same shapes.
       txs: the optimizer of each method.
+      after_epoch: called with the method and the state after each epoch.
     """
     model = make_model(options, datasets[0].num_classes)
     init = make_init(model, datasets[0])
@@ -156,7 +160,13 @@ def compare(
                         refresh=False,
                     )
                     bar.update()
+                    if after_epoch is not None:
+                        after_epoch(method, contestant.state)
     return contestants
+
+
+def _label(name: str, value: Any) -> str:
+    return f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -181,7 +191,7 @@ def main(args: Sequence[str] | None = None) -> None:
         f"{options.seeds} seed{'s' if options.seeds > 1 else ''}{spread}"
     )
     labels = {
-        method: " ".join([method, *(f"{k}={v:g}" for k, v in values.items())])
+        method: " ".join([method, *(_label(*pair) for pair in values.items())])
         for method, values in chosen.items()
     }
     print_table({labels[method]: row for method, row in summary.items()}, title)

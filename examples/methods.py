@@ -1,13 +1,13 @@
-"""The methods that the scripts can train with, and the optimizer beneath them.
+"""The methods that the scripts can train with, and their combinations.
 
-A method is a function of a base optimizer and its own hyperparameters, whose defaults
-stand here and can be changed on the command line. One line adds a method, two or three
-a method whose hyperparameters are not all numbers.
+A method is a sum of names, such as `vasso` or `rw_sam+vasso+sparse_sam`: each brings a
+link of the ascent or, as `m_sam` does, an argument of the engine. Its hyperparameters
+have defaults here, which can be changed on the command line.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,22 +16,32 @@ import optax
 import optax_sam
 
 
-def _base_alone(base: optax.GradientTransformation) -> optax.GradientTransformation:
-    return base
-
-
-def _sparse_sam(
-    base: optax.GradientTransformation, rho: float, sparsity: float, refresh_every: int
+def _sparsify_by_fisher(
+    *,
+    sparsity: float,
+    refresh_every: int,
+    pattern: str = "unstructured",
+    num_examples: int = 128,
 ) -> optax.GradientTransformation:
-    pattern = optax_sam.unstructured(sparsity)
-    return optax_sam.sparse_sam(base, rho, pattern, refresh_every=refresh_every)
+    link: optax.GradientTransformation = optax_sam.sparsify_by_fisher(
+        _make_pattern(pattern, sparsity),
+        refresh_every=refresh_every,
+        num_examples=num_examples,
+    )
+    return link
 
 
-def _m_sam(
-    base: optax.GradientTransformation, rho: float, micro_batch_size: int
-) -> optax.GradientTransformation:
-    # Side by side, since loops over convolutions are slow on the CPU.
-    return optax_sam.m_sam(base, rho, micro_batch_size, micro_batches_at_once=None)
+def _make_pattern(name: str, sparsity: float) -> Any:
+    if name == "unstructured":
+        return optax_sam.unstructured(sparsity)
+    if name in ("layer", "filter"):
+        return optax_sam.structured(sparsity, unit=name)
+    if re.fullmatch(r"\d+:\d+", name):
+        return optax_sam.n_m(*map(int, name.split(":")))
+    raise ValueError(
+        "pattern must be unstructured, layer, filter or of the form 2:4, which keeps "
+        f"two of every four weights, got {name!r}."
+    )
 
 
 # By the name of the method, then by that of the hyperparameter.
@@ -39,23 +49,33 @@ Hyperparameters = Mapping[str, Mapping[str, Any]]
 
 # With these compare.py, as it stands, does best on the validation split, out of rho
 # 0.4, 0.5 and 0.6 (ASAM: 2 and 3) and theta 0.4 and 0.9.
-METHODS: Mapping[str, partial[Any]] = {
-    "sgd": partial(_base_alone),
-    "sam": partial(optax_sam.sam, rho=0.5),
-    "vasso": partial(optax_sam.vasso, rho=0.5, theta=0.9),
-    "asam": partial(optax_sam.asam, rho=3.0),
+METHODS: Hyperparameters = {
+    "sgd": {},
+    "sam": {"rho": 0.5},
+    "vasso": {"rho": 0.5, "theta": 0.9},
+    "asam": {"rho": 3.0},
     # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
-    "sparse_sam": partial(_sparse_sam, rho=0.7, sparsity=0.5, refresh_every=16),
-    "dynamic_sparse_sam": partial(
-        optax_sam.dynamic_sparse_sam,
-        rho=0.7,
-        sparsity=0.5,
-        refresh_every=16,
-        drop_fraction=0.5,
-    ),
+    "sparse_sam": {
+        "rho": 0.7,
+        "sparsity": 0.5,
+        "refresh_every": 16,
+        "pattern": "unstructured",
+        "num_examples": 128,
+    },
+    "dynamic_sparse_sam": {
+        "rho": 0.7,
+        "sparsity": 0.5,
+        "refresh_every": 16,
+        "drop_fraction": 0.5,
+    },
     # The rho and the strength are those of benchmarks/reweight_accuracy.py.
-    "rw_sam": partial(optax_sam.rw_sam, rho=0.5, strength=0.1, num_probes=1),
-    "m_sam": partial(_m_sam, rho=0.5, micro_batch_size=16),
+    "rw_sam": {
+        "rho": 0.5,
+        "strength": 0.1,
+        "num_probes": 1,
+        "estimator": "finite_difference",
+    },
+    "m_sam": {"rho": 0.5, "micro_batch_size": 16},
 }
 
 # The papers' values on CIFAR-10, where they differ from those for the noisy digits.
@@ -69,15 +89,102 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "m_sam": {"rho": 0.1, "micro_batch_size": 32},
 }
 
+# Links before and after that of the radius, in the order of a chain.
+_BEFORE: Mapping[str, Callable[..., Any]] = {
+    "rw_sam": optax_sam.reweight_by_sharpness,
+    "vasso": optax_sam.suppress_variance,
+}
+_AFTER: Mapping[str, Callable[..., Any]] = {
+    "sparse_sam": _sparsify_by_fisher,
+    "dynamic_sparse_sam": optax_sam.sparsify_dynamically,
+}
 
-def momentum_sgd(
-    learning_rate: float, num_steps: int, weight_decay: float
-) -> optax.GradientTransformation:
-    """SGD with momentum 0.9, cosine learning rate down to 0 and L2 weight decay."""
-    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=0.9)
+
+def parts(method: str) -> list[str]:
+    """The names that a method is a sum of.
+
+    Raises:
+      ValueError: if one is unknown or there twice, or the base alone is among others.
+    """
+    names = method.split("+")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(
+                f"unknown method {name!r}; choose from {', '.join(METHODS)}, or "
+                "several of them joined by +."
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"method {method!r} has a name twice; leave one out.")
+    if "sgd" in names and len(names) > 1:
+        raise ValueError(
+            f"method {method!r}: sgd has no ascent that others could be added to; "
+            "leave it out."
+        )
+    return names
+
+
+def make_ascent(
+    method: str,
+    values: Mapping[str, Any],
+    num_steps: int,
+    *,
+    key: int = 0,
+    perturb: Sequence[str] = (),
+) -> optax.GradientTransformation | None:
+    """The ascent of a method, None for the base alone.
+
+    Args:
+      method: names out of `METHODS`, joined by +.
+      values: the method's hyperparameters.
+      num_steps: length of the training, for methods that want to know it.
+      key: seeds the methods that draw at random.
+      perturb: names of the layers that are perturbed, by a static mask; without any
+        all are.
+
+    Raises:
+      ValueError: if a hyperparameter is out of range.
+    """
+    names = parts(method)
+    if names == ["sgd"]:
+        return None
+    known = {**values, "key": key, "decay_steps": num_steps}
+
+    def make(links: Mapping[str, Callable[..., Any]]) -> list[Any]:
+        return [_call(link, known) for name, link in links.items() if name in names]
+
+    mask = optax_sam.select_layers(*perturb)
+    static = [optax_sam.perturb_only(mask)] if perturb else []
+    radius = optax_sam.scale_to_radius(values["rho"])
+    if "asam" in names:
+        radius = optax_sam.adapt_to_scale(values["rho"])
+    ascent: optax.GradientTransformation = optax.chain(
+        *static, *make(_BEFORE), radius, *make(_AFTER)
     )
+    return ascent
+
+
+def _call(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:
+    """Calls with those of the values that the function has parameters for."""
+    wanted = inspect.signature(make).parameters
+    return make(**{name: known[name] for name in wanted if name in known})
+
+
+def sharpen(
+    base: optax.GradientTransformation,
+    ascent: optax.GradientTransformation | None,
+    values: Mapping[str, Any],
+) -> optax.GradientTransformation:
+    """The optimizer of an ascent and of values such as the micro-batch size."""
+    if ascent is None:
+        return base
+    # Side by side, since loops over convolutions are slow on the CPU.
+    tx: optax.GradientTransformation = optax_sam.sharpness_aware(
+        base,
+        ascent,
+        micro_batch_size=values.get("micro_batch_size"),
+        micro_batches_at_once=None,
+    )
+    return tx
 
 
 def make_tx(
@@ -89,7 +196,7 @@ def make_tx(
     """The optimizer of a method.
 
     Args:
-      method: name out of `METHODS`.
+      method: names out of `METHODS`, joined by +.
       base: the optimizer that moves the parameters.
       values: the method's hyperparameters.
       num_steps: length of the training, for methods that want to know it.
@@ -97,11 +204,7 @@ def make_tx(
     Raises:
       ValueError: if a hyperparameter is out of range.
     """
-    make = METHODS[method]
-    wants_length = "decay_steps" in inspect.signature(make).parameters
-    length = {"decay_steps": num_steps} if wants_length else {}
-    tx: optax.GradientTransformation = make(base, **values, **length)
-    return tx
+    return sharpen(base, make_ascent(method, values, num_steps), values)
 
 
 def hyperparameters(
@@ -111,8 +214,11 @@ def hyperparameters(
 ) -> dict[str, dict[str, Any]]:
     """The hyperparameters of each method: its defaults, changed by assignments.
 
+    Of a combination they are those of all its parts. Where these differ the last part
+    counts, but for the rho of ASAM, which is of another size.
+
     Args:
-      methods: names out of `METHODS`.
+      methods: names out of `METHODS`, or some joined by +.
       assignments: such as `rho=0.1`, for all methods that have a rho, or
         `vasso.rho=0.1` for one. The later one counts.
       defaults: for some methods, what replaces the defaults of `METHODS`.
@@ -123,17 +229,18 @@ def hyperparameters(
     """
     chosen = {}
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(
-                f"unknown method {method!r}; choose from {', '.join(METHODS)}."
-            )
-        chosen[method] = METHODS[method].keywords | dict(defaults.get(method, {}))
+        names = sorted(parts(method), key=lambda name: name == "asam")
+        chosen[method] = {
+            key: value
+            for name in names
+            for key, value in {**METHODS[name], **defaults.get(name, {})}.items()
+        }
     for assignment in assignments:
         _assign(chosen, assignment)
     return chosen
 
 
-def check_batch(chosen: Mapping[str, Mapping[str, Any]], batch_size: int) -> None:
+def check_batch(chosen: Hyperparameters, batch_size: int) -> None:
     """Raises a ValueError unless the micro-batches of every method divide a batch."""
     for method, values in chosen.items():
         size = values.get("micro_batch_size")
@@ -147,11 +254,10 @@ def check_batch(chosen: Mapping[str, Mapping[str, Any]], batch_size: int) -> Non
 def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
     target, _, value = assignment.partition("=")
     method, _, name = target.rpartition(".")
-    # Only numbers can be given on a command line.
     takers = [
         values
         for taker, values in chosen.items()
-        if method in ("", taker) and isinstance(values.get(name), int | float)
+        if method in ("", taker) and name in values
     ]
     if not takers:
         available = ", ".join(
@@ -162,11 +268,12 @@ def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
             f"they take {available or 'no hyperparameters'}."
         )
     for values in takers:
-        number_type: Callable[[str], int | float] = type(values[name])
+        value_type: Callable[[str], Any] = type(values[name])
         try:
-            values[name] = number_type(value)
+            values[name] = value_type(value)
         except ValueError:
+            whole = "whole " if value_type is int else ""
             raise ValueError(
-                f"{assignment!r} has no {'whole ' if number_type is int else ''}number "
-                f"after '='; write for example {target}={values[name]}."
+                f"{assignment!r} has no {whole}number after '='; write for example "
+                f"{target}={values[name]}."
             ) from None

@@ -25,14 +25,14 @@ from command_line import (
     write_json,
 )
 from data import Dataset, load_digits
+from evaluation import make_evaluate
 from layers import Chooser, layers_of
-from methods import momentum_sgd
 from models.resnet import ResNet
+from optimizers import momentum_sgd
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from training import (
-    make_evaluate,
     make_init,
     make_model,
     make_train_steps,

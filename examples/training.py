@@ -50,14 +50,13 @@ class Metrics(NamedTuple):
 
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]
 InitState = Callable[[int, optax.GradientTransformation], TrainState]
-Evaluate = Callable[[TrainState, Split], Metrics]
 
 
 def make_loss_fn(model: nn.Module) -> LossFn:
     """Makes `loss_fn(params, batch, batch_stats, key) -> losses, auxiliary`.
 
     `batch` is a `Split` of normalized images, `losses` has shape `[B]`, and the
-    auxiliary data are the new running statistics and the number of correct predictions.
+    auxiliary data are the new running statistics and the share of correct predictions.
     """
 
     def loss_fn(
@@ -71,8 +70,8 @@ def make_loss_fn(model: nn.Module) -> LossFn:
             rngs={"dropout": key},
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        num_correct = jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
-        return losses, (updated.get("batch_stats", {}), num_correct)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+        return losses, (updated.get("batch_stats", {}), accuracy)
 
     return loss_fn
 
@@ -130,7 +129,7 @@ def make_init(model: nn.Module, dataset: Dataset) -> InitState:
     return init
 
 
-def make_train_steps(
+def make_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     dataset: Dataset,
@@ -138,20 +137,17 @@ def make_train_steps(
     augmented: bool = False,
     ascent_loss_fn: LossFn | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
-) -> Any:
-    """Makes `train_steps(state, split, indices, key) -> state, metrics`, compiled.
-
-    It scans over `indices[steps, B]`, which pick the examples of each step out of
-    `split`. The state is donated. The metrics are of the clean passes in training mode.
+) -> Callable[[TrainState, Split, jax.Array], tuple[TrainState, Metrics]]:
+    """Makes `step(state, batch, key) -> state, metrics`, to be compiled.
 
     Args:
       model: called as `model(images, train=...)`.
-      tx: any Optax optimizer, sharpness-aware or not.
-      dataset: says how to normalize.
-      augmented: whether to apply `data.augment`.
-      ascent_loss_fn: takes the place of the loss in the clean passes, whose gradients
+      tx: the optimizer, sharpness-aware or not.
+      dataset: images are normalized to its mean and deviation.
+      augmented: whether to crop, flip and cut out the images, see `augment`.
+      ascent_loss_fn: takes the place of the loss in the clean pass, whose gradients
         then only set the perturbation; by default none does.
-      batch_sharding: how each batch is shared among devices, where state and split are
+      batch_sharding: how each batch is shared among devices, where state and batch are
         on more than one.
     """
     step_fn = optax_sam.value_and_update(
@@ -161,6 +157,58 @@ def make_train_steps(
         ascent_loss_fn=ascent_loss_fn,
         scoring_loss_fn=make_scoring_loss_fn(model),
     )
+    prepare = make_prepare(dataset, augmented)
+
+    def step(
+        state: TrainState, batch: Split, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        batch, dropout_key = prepare(batch, key)
+        if batch_sharding is not None:
+            constrain: Any = jax.lax.with_sharding_constraint
+            batch = constrain(batch, batch_sharding)
+        (loss, (batch_stats, accuracy)), updates, opt_state = step_fn(
+            state.params, state.opt_state, batch, state.batch_stats, dropout_key
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, batch_stats, opt_state), Metrics(loss, accuracy)
+
+    return step
+
+
+def make_prepare(
+    dataset: Dataset, augmented: bool
+) -> Callable[[Split, jax.Array], tuple[Split, jax.Array]]:
+    """Makes `prepare(batch, key) -> batch, dropout_key`: what a step sees of a batch.
+
+    Images as they are stored are normalized and, if asked for, augmented.
+    """
+
+    def prepare(batch: Split, key: jax.Array) -> tuple[Split, jax.Array]:
+        augment_key, dropout_key = jax.random.split(key)
+        images = normalize(batch.images, dataset.mean, dataset.std)
+        if augmented:
+            images = augment(augment_key, images)
+        return Split(images, batch.labels), dropout_key
+
+    return prepare
+
+
+def make_train_steps(
+    model: nn.Module, tx: optax.GradientTransformation, dataset: Dataset, **options: Any
+) -> Any:
+    """Makes `train_steps(state, split, indices, key) -> state, metrics`, compiled.
+
+    It takes the steps of `indices[steps, batch_size]`, which pick examples of `split`,
+    with new random numbers in each. The state that is handed in is consumed, and the
+    metrics are means over the steps.
+
+    Args:
+      model: called as `model(images, train=...)`.
+      tx: the optimizer, sharpness-aware or not.
+      dataset: images are normalized to its mean and deviation.
+      **options: those of `make_step`.
+    """
+    take_step = make_step(model, tx, dataset, **options)
 
     def train_steps(
         state: TrainState, split: Split, indices: jax.Array, key: jax.Array
@@ -169,20 +217,8 @@ def make_train_steps(
             state: TrainState, step_input: tuple[jax.Array, jax.Array]
         ) -> tuple[TrainState, Metrics]:
             index, step_key = step_input
-            augment_key, dropout_key = jax.random.split(step_key)
-            images = normalize(split.images[index], dataset.mean, dataset.std)
-            if augmented:
-                images = augment(augment_key, images)
-            batch = Split(images, split.labels[index])
-            if batch_sharding is not None:
-                constrain: Any = jax.lax.with_sharding_constraint
-                batch = constrain(batch, batch_sharding)
-            (loss, (batch_stats, num_correct)), updates, opt_state = step_fn(
-                state.params, state.opt_state, batch, state.batch_stats, dropout_key
-            )
-            params = optax.apply_updates(state.params, updates)
-            metrics = Metrics(loss, num_correct / len(index))
-            return TrainState(params, batch_stats, opt_state), metrics
+            batch = Split(split.images[index], split.labels[index])
+            return take_step(state, batch, step_key)
 
         step_keys = jax.random.split(key, len(indices))
         state, metrics = jax.lax.scan(step, state, (indices, step_keys))
@@ -191,32 +227,36 @@ def make_train_steps(
     return jax.jit(train_steps, donate_argnums=0)
 
 
-def make_evaluate(
-    model: nn.Module, dataset: Dataset, *, chunk_size: int = 500
-) -> Evaluate:
-    """Makes `evaluate(state, split) -> Metrics` over the whole split, compiled.
+def make_train_batches(
+    step: Callable[[TrainState, Split, jax.Array], tuple[TrainState, Metrics]],
+    out_shardings: Any = None,
+) -> Any:
+    """Makes `train(state, batches, count, key) -> state, metrics`, compiled.
 
-    The model is in evaluation mode, and sees `chunk_size` images at a time.
+    It takes a step on each of `batches[steps, batch_size, ...]`, of which the first is
+    the step number `count`: what a step draws depends on its number and the key alone.
+    The state that is handed in is consumed, and the metrics are means over the steps.
+
+    Args:
+      step: made by `make_step`.
+      out_shardings: where the state and the metrics are to lie.
     """
 
-    def evaluate(params: Any, batch_stats: Any, split: Split) -> Metrics:
-        def evaluate_example(example: Split) -> Metrics:
-            logits = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                normalize(example.images[None], dataset.mean, dataset.std),
-                train=False,
-            )[0]
-            loss = optax.softmax_cross_entropy_with_integer_labels(
-                logits, example.labels
-            )
-            return Metrics(loss, jnp.argmax(logits) == example.labels)
+    def train(
+        state: TrainState, batches: Split, count: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        def body(
+            state: TrainState, step_input: tuple[jax.Array, Split]
+        ) -> tuple[TrainState, Metrics]:
+            number, batch = step_input
+            return step(state, batch, jax.random.fold_in(key, number))
 
-        # What does not fill a chunk is evaluated as well, as a chunk of its own.
-        metrics = jax.lax.map(evaluate_example, split, batch_size=chunk_size)
-        return Metrics(*map(jnp.mean, metrics))
+        numbers = count + jnp.arange(len(batches.labels))
+        state, metrics = jax.lax.scan(body, state, (numbers, batches))
+        return state, jax.tree.map(jnp.mean, metrics)
 
-    compiled = jax.jit(evaluate)
-    return lambda state, split: compiled(state.params, state.batch_stats, split)
+    options = {} if out_shardings is None else {"out_shardings": out_shardings}
+    return jax.jit(train, donate_argnums=0, **options)
 
 
 def shuffled_batches(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:

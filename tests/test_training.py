@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 from data import Dataset, Split, normalize
-from methods import METHODS, hyperparameters, make_tx, momentum_sgd
+from evaluation import make_evaluate
+from methods import METHODS, hyperparameters, make_tx
 from models.convolution import PatchConv
 from models.resnet import ResNet
+from optimizers import momentum_sgd
 from sharding import by_examples, make_mesh, replicated
 from training import (
-    make_evaluate,
     make_init,
     make_loss_fn,
     make_scoring_loss_fn,
@@ -327,7 +328,7 @@ def test_learning_rate_falls_to_zero_along_a_cosine_and_weights_decay():
 def test_hyperparameters_are_defaults_then_assignments():
     methods = ["sgd", "sam", "vasso"]
     plain = hyperparameters(methods)
-    assert plain == {method: METHODS[method].keywords for method in methods}
+    assert plain == {method: METHODS[method] for method in methods}
     changed = hyperparameters(methods, ["rho=0.3", "vasso.rho=1e-2", "theta=1"])
     assert changed == {
         "sgd": {},

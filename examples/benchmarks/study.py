@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import optax
 from command_line import require
 from data import Dataset, Split, load_digits
+from evaluation import Evaluate, make_evaluate
 from layers import make_score
-from methods import momentum_sgd
 from models.convolution import PatchConv
 from models.resnet import ResNet
+from optimizers import momentum_sgd
 from training import (
-    Evaluate,
     TrainState,
-    make_evaluate,
     make_init,
     make_train_steps,
     shuffled_batches,
