@@ -15,8 +15,9 @@ from command_line import (
     write_json,
 )
 from compare import compare, prepare
+from figures import plot_accuracy_over_size
 from methods import check_batch, make_tx
-from report import plot_accuracy_over_size, print_table, summarize
+from report import print_table, summarize
 
 RW_SAM = "RW-SAM"
 

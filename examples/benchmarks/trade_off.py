@@ -18,7 +18,8 @@ from command_line import (
     versions,
     write_json,
 )
-from report import plot_accuracy_over_time, print_trade_off
+from figures import plot_accuracy_over_time
+from report import print_trade_off
 from tqdm import tqdm
 
 from benchmarks.configurations import SAM, SGD, Configuration
