@@ -1,6 +1,6 @@
 """Checkpoints of a training, written and read by Orbax.
 
-Each is a directory named by the epochs done. Orbax writes it under another name and
+Each is a directory named by the steps done. Orbax writes it under another name and
 renames it when it is whole, so that a killed run leaves whole checkpoints behind.
 """
 
@@ -26,16 +26,20 @@ class Progress:
     """What a checkpoint holds besides the state, as JSON.
 
     Attributes:
-      epochs: how many are done.
+      steps: how many are done.
       settings: what the training depends on, by name.
-      curves: means of each epoch, lists by name.
+      curves: figures of each epoch, lists by name.
+      calls: means over the steps of each call, of the epoch that is not done.
       step_seconds: wall time of a step, in each call of the compiled function.
+      data: where in the data the training is.
     """
 
-    epochs: int
+    steps: int
     settings: dict[str, Any]
-    curves: dict[str, list[float]]
+    curves: dict[str, list[float | None]]
+    calls: list[list[float]]
     step_seconds: list[float]
+    data: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Checkpoints:
     directory: Path
     keep: int
 
-    def epochs(self) -> list[int]:
-        """The epochs of the checkpoints, in order."""
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, in order."""
         if not self.directory.exists():
             return []
         with _quietly(), self._manager(create=False) as manager:
@@ -65,7 +69,7 @@ class Checkpoints:
             checksum=ocp.args.JsonSave({"crc32": _checksum_of(state, progress)}),
         )
         with self._manager(cleanup_tmp_directories=True) as manager:
-            manager.save(progress.epochs, args=items, force=True)
+            manager.save(progress.steps, args=items, force=True)
 
     def latest(self, settings: Mapping[str, Any]) -> Progress | None:
         """The progress of the latest checkpoint, None where there is none.
@@ -73,15 +77,15 @@ class Checkpoints:
         Raises:
           ValueError: if it cannot be read, or is of other settings.
         """
-        epochs = self.epochs()
-        if not epochs:
+        steps = self.steps()
+        if not steps:
             return None
-        path = self._path(epochs[-1])
-        with self._refused_if_unreadable(epochs[-1]):
-            read = self._read(epochs[-1], progress=ocp.args.JsonRestore())
+        path = self._path(steps[-1])
+        with self._refused_if_unreadable(steps[-1]):
+            read = self._read(steps[-1], progress=ocp.args.JsonRestore())
             progress = Progress(**read["progress"])
-            if progress.epochs != epochs[-1]:
-                raise ValueError(f"it was written after epoch {progress.epochs}")
+            if progress.steps != steps[-1]:
+                raise ValueError(f"it was written after step {progress.steps}")
         _check_settings(path, progress.settings, settings)
         return progress
 
@@ -96,9 +100,9 @@ class Checkpoints:
           ValueError: if it cannot be read, is of another structure or has changed.
         """
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
-        with self._refused_if_unreadable(progress.epochs):
+        with self._refused_if_unreadable(progress.steps):
             read = self._read(
-                progress.epochs,
+                progress.steps,
                 state=ocp.args.StandardRestore(target),
                 checksum=ocp.args.JsonRestore(),
             )
@@ -118,15 +122,15 @@ class Checkpoints:
             ),
         )
 
-    def _read(self, epoch: int, **items: Any) -> Any:
+    def _read(self, step: int, **items: Any) -> Any:
         with self._manager(create=False) as manager:
-            return manager.restore(epoch, args=ocp.args.Composite(**items))
+            return manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _path(self, epoch: int) -> Path:
-        return self.directory / str(epoch)
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
 
     @contextmanager
-    def _refused_if_unreadable(self, epoch: int) -> Iterator[None]:
+    def _refused_if_unreadable(self, step: int) -> Iterator[None]:
         reason = ""
         with _quietly():
             try:
@@ -139,10 +143,10 @@ class Checkpoints:
                 time.sleep(0.5)
                 gc.collect()
         if reason:
-            earlier = [other for other in self.epochs() if other < epoch]
-            remedy = f"go on from epoch {earlier[-1]}" if earlier else "begin anew"
+            earlier = [other for other in self.steps() if other < step]
+            remedy = f"go on from step {earlier[-1]}" if earlier else "begin anew"
             raise ValueError(
-                f"{self._path(epoch)} is damaged or no checkpoint of this training "
+                f"{self._path(step)} is damaged or no checkpoint of this training "
                 f"({reason}); delete that directory to {remedy}."
             )
 
@@ -158,7 +162,7 @@ def checksum(tree: Any) -> int:
 
 
 def _checksum_of(state: Any, progress: Progress) -> int:
-    return checksum((state, progress.curves, progress.step_seconds))
+    return checksum((state, progress.curves, progress.calls, progress.step_seconds))
 
 
 def _reason(error: BaseException) -> str:

@@ -66,14 +66,14 @@ def check_training(options: Any, num_examples: int) -> None:
     """
     for name in ("epochs", "width", "batch_size"):
         value, flag = getattr(options, name), name.replace("_", "-")
-        require(value >= 1, f"--{flag} must be at least 1", value)
+        require(value is None or value >= 1, f"--{flag} must be at least 1", value)
     require(
-        min(options.stages, default=0) >= 1,
+        options.stages is None or min(options.stages, default=0) >= 1,
         "--stages must be numbers of blocks, each at least 1, such as 1 1 1",
-        " ".join(map(str, options.stages)) or "none",
+        " ".join(map(str, options.stages or ())) or "none",
     )
     require(
-        options.norm != "group" or options.width % 4 == 0,
+        options.norm != "group" or (options.width or 4) % 4 == 0,
         "--width must be a multiple of 4 for groups of channels",
         options.width,
     )
@@ -97,28 +97,6 @@ def check_training(options: Any, num_examples: int) -> None:
         "--dropout must be at least 0 and below 1",
         options.dropout,
     )
-
-
-def choose_num_devices(asked: int | None, batch_size: int) -> int:
-    """The number of devices that are to share each batch.
-
-    Args:
-      asked: by default all there are, but one on the CPU, where they are simulated.
-      batch_size: images of a step, which they are to share evenly.
-
-    Raises:
-      ValueError: if there are not so many, or they cannot share evenly.
-    """
-    available = jax.device_count()
-    if asked is None:
-        asked = 1 if jax.default_backend() == "cpu" else available
-    require(1 <= asked <= available, f"--devices must be from 1 to {available}", asked)
-    require(
-        batch_size % asked == 0,
-        f"--devices must divide --batch-size {batch_size}",
-        asked,
-    )
-    return asked
 
 
 def make_run_directory(out: Path | None, name: str) -> Path:

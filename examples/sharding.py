@@ -87,12 +87,17 @@ def of_opt_state(
         to the devices of its first leaf.
     """
     everywhere = replicated(jax.tree.leaves(param_shardings)[0].mesh)
+
+    def is_absent(node: Any) -> bool:  # In the state of masked or partitioned ones.
+        return isinstance(node, optax.MaskedNode)
+
     return optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda node, sharding: node if is_absent(node) else sharding,
         opt_state,
         param_shardings,
         transform_non_params=lambda _: everywhere,
+        is_leaf=is_absent,
     )
 
 

@@ -1,0 +1,126 @@
+"""From a configuration to a model, an optimizer and the loss of its ascent."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from config import Config
+from data import Dataset, Split
+from methods import make_ascent, sharpen
+from models import make
+from models.convolution import PatchConv
+from optimizers import make_base, make_schedule
+from training import LossFn, make_loss_fn
+
+import optax_sam
+from optax_sam import implicit
+
+
+def make_network(
+    config: Config, dataset: Dataset, *, backward: implicit.Channels | None = None
+) -> nn.Module:
+    """The model of a configuration, with convolutions that are fast here.
+
+    Args:
+      config: names the model.
+      dataset: says the number of classes and the size of the images.
+      backward: the backward rule of the products of all layers, the usual by default.
+    """
+    conv: Any = partial(nn.Conv, use_bias=False)
+    dense: Any = nn.Dense
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        conv = PatchConv
+    if backward is not None:
+        conv = (
+            partial(conv, dot_general=backward.dot_general)
+            if on_cpu
+            else partial(conv, conv_general_dilated=backward.conv_general_dilated)
+        )
+        dense = partial(dense, dot_general=backward.dot_general)
+    model: nn.Module = make(
+        config.model,
+        dataset.num_classes,
+        image_size=dataset.train.image_shape[0],
+        norm=config.norm,
+        dtype=jnp.dtype(config.dtype),
+        conv=conv,
+        dense=dense,
+        dropout=config.dropout,
+        width=config.width,
+        stages=config.stages,
+    )
+    return model
+
+
+def check_layers(config: Config, dataset: Dataset, model: nn.Module) -> None:
+    """Raises a ValueError if the model has none of the layers to perturb."""
+    if config.perturb:
+        image = jnp.zeros((1, *dataset.train.image_shape))
+        init = partial(model.init, train=False)
+        params = jax.eval_shape(init, jax.random.key(0), image)["params"]
+        optax_sam.select_layers(*config.perturb)(params)
+
+
+class Optimizer:
+    """The optimizer of a configuration.
+
+    Attributes:
+      tx: the transformation.
+      ascent: its ascent, None for the base alone.
+      learning_rate: a schedule of the count of steps.
+    """
+
+    def __init__(
+        self, config: Config, values: Mapping[str, Any], steps_per_epoch: int
+    ) -> None:
+        """Makes it.
+
+        Args:
+          config: names the method and the base.
+          values: the method's hyperparameters.
+          steps_per_epoch: for schedules.
+
+        Raises:
+          TypeError: if an argument of the base has a wrong type or is missing.
+          ValueError: if a hyperparameter is out of range.
+        """
+        num_steps = config.epochs * steps_per_epoch
+        self.learning_rate = make_schedule(
+            config.schedule,
+            config.learning_rate,
+            num_steps,
+            round(config.warmup_epochs * steps_per_epoch),
+        )
+        base = make_base(
+            config.base,
+            self.learning_rate,
+            config.weight_decay,
+            config.base_hyperparameters,
+        )
+        self.ascent = make_ascent(
+            config.method, values, num_steps, key=config.seed, perturb=config.perturb
+        )
+        self.tx = sharpen(base, self.ascent, values)
+
+
+def make_ascent_loss_fn(config: Config, dataset: Dataset) -> LossFn | None:
+    """The loss of the clean pass, None where it is that of the perturbed one."""
+    if config.implicit is None and config.ascent_part == 1:
+        return None
+    backward = None
+    if config.implicit is not None:
+        backward = implicit.Channels(config.implicit)
+    loss_fn = make_loss_fn(make_network(config, dataset, backward=backward))
+
+    def ascent_loss_fn(
+        params: Any, batch: Split, batch_stats: Any, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        # One in so many, and not the first: every device has some of them.
+        part = jax.tree.map(lambda x: x[:: config.ascent_part], batch)
+        return loss_fn(params, part, batch_stats, key)
+
+    return ascent_loss_fn
