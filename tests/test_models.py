@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models.convolution import PatchConv, fastest_convolution
-from models.resnet import ResNet, group_norm, resnet8, resnet18
+from models.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    ResNet,
+    group_norm,
+    resnet8,
+    resnet18,
+    resnet50,
+)
 
 
 def init_shapes(model, shape):
@@ -52,6 +60,107 @@ def test_every_stage_but_the_first_halves_the_image_and_doubles_the_width():
     assert shapes == [(2, 16, 16, 4), (2, 8, 8, 8), (2, 8, 8, 8), (2, 4, 4, 16)]
 
 
+def test_the_stem_for_imagenet_leaves_a_quarter_and_bottlenecks_widen_four_times():
+    model = resnet50(num_classes=10, stem="imagenet")
+
+    def run():
+        return model.init_with_output(
+            jax.random.key(0),
+            jnp.zeros((1, 224, 224, 3)),
+            train=False,
+            capture_intermediates=True,
+            mutable=["params", "batch_stats", "intermediates"],
+        )[1]["intermediates"]
+
+    outputs = jax.eval_shape(run)
+    ends = [
+        outputs[f"BottleneckBlock_{i}"]["__call__"][0].shape for i in (2, 6, 12, 15)
+    ]
+    assert ends == [
+        (1, 56, 56, 256),
+        (1, 28, 28, 512),
+        (1, 14, 14, 1024),
+        (1, 7, 7, 2048),
+    ]
+    inside = outputs["BottleneckBlock_3"]
+    convolutions = [inside[f"Conv_{i}"]["__call__"][0].shape for i in range(4)]
+    # The stride is in the 3x3 convolution, and in the shortcut's.
+    assert convolutions == [
+        (1, 56, 56, 128),
+        (1, 28, 28, 128),
+        (1, 28, 28, 512),
+        (1, 28, 28, 512),
+    ]
+
+
+def convolve(x, kernel, stride, padding):
+    """A convolution in float64, by its definition."""
+    size, (_, height, width, _) = len(kernel), x.shape
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    out = 0
+    for i in range(size):
+        for j in range(size):
+            part = x[:, i : i + height : stride, j : j + width : stride]
+            out = out + np.einsum("bhwc,cf->bhwf", part, kernel[i, j])
+    return out
+
+
+@pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
+def test_blocks_compute_what_the_paper_says(block):
+    module = block(features=3, stride=2)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 5))
+    init = jax.jit(partial(module.init, train=False))
+    variables = init(jax.random.key(1, impl="rbg"), x)
+    rng = np.random.default_rng(2)
+    # Statistics and scales of all sorts: those of evaluation have to be the running.
+    variables = jax.tree.map_with_path(
+        lambda path, v: v if "kernel" in str(path) else rng.uniform(0.5, 2, v.shape),
+        variables,
+    )
+    params, stats = jax.tree.map(
+        lambda v: np.asarray(v, np.float64),
+        (variables["params"], variables["batch_stats"]),
+    )
+
+    def conv_and_norm(i, x, stride):
+        kernel = params[f"Conv_{i}"]["kernel"]
+        x = convolve(x, kernel, stride, len(kernel) // 2)
+        norm, s = params[f"BatchNorm_{i}"], stats[f"BatchNorm_{i}"]
+        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * norm["scale"] + norm["bias"]
+
+    y = np.asarray(x, np.float64)
+    strides = (2, 1) if block is BasicBlock else (1, 2, 1)
+    for i, stride in enumerate(strides):
+        y = conv_and_norm(i, y if i == 0 else np.maximum(y, 0), stride)
+    shortcut = conv_and_norm(len(strides), np.asarray(x, np.float64), 2)
+    actual = jax.jit(partial(module.apply, train=False))(variables, x)
+    np.testing.assert_allclose(
+        actual, np.maximum(y + shortcut, 0), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_blocks_can_start_as_their_shortcuts():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    for block in (
+        BasicBlock(8, zero_init_last=True),
+        BottleneckBlock(2, zero_init_last=True),
+    ):
+        out, _ = jax.jit(partial(block.init_with_output, train=True))(
+            jax.random.key(1, impl="rbg"), x
+        )
+        np.testing.assert_array_equal(out, jnp.maximum(x, 0))
+
+
+def test_parameters_of_patches_fit_convolutions_if_names_are_shared():
+    def shapes(conv, **kwargs):
+        model = ResNet((1, 1), 3, width=4, conv=conv, **kwargs)
+        return init_shapes(model, (1, 8, 8, 1))
+
+    plain = partial(nn.Conv, use_bias=False)
+    assert shapes(PatchConv, shared_names=True) == shapes(plain, shared_names=True)
+    assert shapes(PatchConv) != shapes(plain)
+
+
 def test_convolutions_start_with_the_published_variance():
     model = ResNet((1,), 10, width=128)
     init = jax.jit(partial(model.init, train=False))
@@ -91,7 +200,8 @@ def test_dropout_is_off_in_evaluation_and_drawn_from_its_key_in_training():
     assert not jnp.allclose(logits(0, True), logits(1, True))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+# Patches side by side take a way of their own; with 3 and 3, some pixels are left over.
+@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("size", "padding"), [(1, 0), (3, 1), (3, 0)])
 def test_patches_convolve(size, padding, stride):
     args = {"kernel_size": (size, size), "strides": (stride, stride)}

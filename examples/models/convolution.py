@@ -48,21 +48,39 @@ class PatchConv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         sides = (self.padding, self.padding)
         x = jnp.pad(x, ((0, 0), sides, sides, (0, 0)))
-        rows, columns = (
-            [slice(i, size - k + i + 1, stride) for i in range(k)]
-            for size, k, stride in zip(
-                x.shape[1:3], self.kernel_size, self.strides, strict=True
-            )
-        )
-        patches = [x[:, row, column] for row in rows for column in columns]
+        cut = _tiles if self.strides == self.kernel_size else _patches
         last_with_first = (((x.ndim - 1,), (0,)), ((), ()))
         return self.dot_general(
-            jnp.concatenate(patches, axis=-1),
+            cut(x, self.kernel_size, self.strides),
             kernel.reshape(-1, self.features),
             last_with_first,
         )
 
 
+def _patches(
+    x: jax.Array, kernel_size: tuple[int, int], strides: tuple[int, int]
+) -> jax.Array:
+    """Cuts `[B, H, W, C]` into patches, `[B, H', W', height * width * C]`."""
+    rows, columns = (
+        [slice(i, size - k + i + 1, stride) for i in range(k)]
+        for size, k, stride in zip(x.shape[1:3], kernel_size, strides, strict=True)
+    )
+    patches = [x[:, row, column] for row in rows for column in columns]
+    return jnp.concatenate(patches, axis=-1)
+
+
+def _tiles(
+    x: jax.Array, kernel_size: tuple[int, int], strides: tuple[int, int]
+) -> jax.Array:
+    """The same for patches side by side, such as the 16x16 ones of transformers."""
+    del strides
+    height, width = kernel_size
+    rows, columns = x.shape[1] // height, x.shape[2] // width
+    x = x[:, : rows * height, : columns * width]
+    x = x.reshape(len(x), rows, height, columns, width, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), rows, columns, -1)
+
+
 def fastest_convolution(backend: str) -> Callable[..., nn.Module]:
-    """The convolution for a ResNet trained in a compiled loop on `backend`."""
+    """The convolution for a model trained in a compiled loop on `backend`."""
     return PatchConv if backend == "cpu" else partial(nn.Conv, use_bias=False)

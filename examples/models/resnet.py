@@ -1,53 +1,64 @@
-"""Residual networks for small images (He et al., 2016, arXiv 1512.03385).
+"""Residual networks (He et al., 2016, arXiv 1512.03385), for small and large images.
 
-The stem is the CIFAR one, a single 3x3 convolution and no pooling, followed by stages
-of basic blocks. Convolutions start from the normal distribution of variance
-2 / fan-in of He et al. (2015, arXiv 1502.01852), batch normalisation from the identity.
+The stem for CIFAR is a single 3x3 convolution and no pooling; that for ImageNet a 7x7
+convolution and a maximum over 3x3, each of stride 2. Stages of basic or of bottleneck
+blocks follow. A bottleneck has its stride in the 3x3 convolution, which is the "v1.5"
+of today's ImageNet figures; in the paper it is in the 1x1 convolution before.
+
+Convolutions start from the normal distribution of variance 2 / fan-in of He et al.
+(2015, arXiv 1502.01852), batch normalisation from the identity.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Called as `conv(features, kernel_size, strides, padding=, kernel_init=, dtype=)` for
-# each convolution, and as `norm(train=, dtype=)` for each normalisation.
-Layer = Callable[..., nn.Module]
+from models.factories import (
+    NORMS,
+    Layer,
+    batch_norm,
+    convolution,
+    group_norm,
+    he_normal,
+    max_pool,
+    numbered,
+)
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-convolution: Layer = partial(nn.Conv, use_bias=False)
+__all__ = [
+    "NORMS",
+    "BasicBlock",
+    "BottleneckBlock",
+    "Layer",
+    "ResNet",
+    "batch_norm",
+    "convolution",
+    "group_norm",
+    "he_normal",
+    "resnet8",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+]
 
 
-def batch_norm(*, train: bool, dtype: DTypeLike) -> nn.Module:
-    """Batch normalisation whose running statistics move by a tenth each step."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)
-
-
-def group_norm(*, train: bool, dtype: DTypeLike, num_groups: int = 8) -> nn.Module:
-    """Group normalisation, the same in training and evaluation."""
-    del train
-    return nn.GroupNorm(num_groups=num_groups, dtype=dtype)
-
-
-# With 4 groups, which widths that are multiples of 4 allow.
-NORMS: Mapping[str, Layer] = {
-    "batch": batch_norm,
-    "group": partial(group_norm, num_groups=4),
-}
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, projected where the shape changes.
+class _Block(nn.Module):
+    """What basic and bottleneck blocks have in common.
 
     Attributes:
-      features: output channels.
-      stride: stride of the first convolution and of the projection.
-      conv: makes a convolution without bias, see `Layer`.
-      norm: makes a normalisation, see `Layer`.
+      features: channels of the 3x3 convolutions.
+      stride: stride of a 3x3 convolution and of the projection.
+      conv: makes a convolution without bias, see `models.factories`.
+      norm: makes a normalisation, see `models.factories`.
       dtype: type of the computation; parameters stay in float32.
+      zero_init_last: whether the last normalisation starts with a scale of 0.
+      shared_names: see `ResNet`.
     """
 
     features: int
@@ -55,34 +66,89 @@ class BasicBlock(nn.Module):
     conv: Layer = convolution
     norm: Layer = batch_norm
     dtype: DTypeLike = jnp.float32
+    zero_init_last: bool = False
+    shared_names: bool = False
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions and a shortcut, projected where the shape changes.
+
+    Attributes:
+      features: output channels.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, features]`."""
-        conv = partial(self.conv, kernel_init=he_normal, dtype=self.dtype)
-        norm = partial(self.norm, train=train, dtype=self.dtype)
-        strides = (self.stride, self.stride)
-
-        y = conv(self.features, (3, 3), strides, padding=1)(x)
+        conv, norm, last_norm = _layers(self, train)
+        y = conv(self.features, (3, 3), (self.stride, self.stride), padding=1)(x)
         y = nn.relu(norm()(y))
         y = conv(self.features, (3, 3), padding=1)(y)
-        y = norm()(y)
-        if x.shape != y.shape:
-            x = norm()(conv(self.features, (1, 1), strides, padding=0)(x))
-        return nn.relu(x + y)
+        y = last_norm()(y)
+        return _add_shortcut(x, y, self.stride, conv, norm)
+
+
+class BottleneckBlock(_Block):
+    """A 3x3 convolution between two of 1x1, and a shortcut as in `BasicBlock`.
+
+    Attributes:
+      features: channels of the 3x3 convolution, a quarter of the output's.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, 4 * features]`."""
+        conv, norm, last_norm = _layers(self, train)
+        y = nn.relu(norm()(conv(self.features, (1, 1), padding=0)(x)))
+        y = conv(self.features, (3, 3), (self.stride, self.stride), padding=1)(y)
+        y = nn.relu(norm()(y))
+        y = last_norm()(conv(4 * self.features, (1, 1), padding=0)(y))
+        return _add_shortcut(x, y, self.stride, conv, norm)
+
+
+# Functions, since linen captures what methods return, which should be arrays.
+def _layers(block: _Block, train: bool) -> tuple[Layer, Layer, Layer]:
+    """What makes convolutions, normalisations, and the last of those."""
+    conv, norm = block.conv, block.norm
+    if block.shared_names:
+        conv, norm = numbered(conv, "Conv"), numbered(norm, "Norm")
+    conv = partial(conv, kernel_init=he_normal, dtype=block.dtype)
+    norm = partial(norm, train=train, dtype=block.dtype)
+    last_norm = norm
+    if block.zero_init_last:
+        last_norm = partial(norm, scale_init=nn.initializers.zeros)
+    return conv, norm, last_norm
+
+
+def _add_shortcut(
+    x: jax.Array, y: jax.Array, stride: int, conv: Layer, norm: Layer
+) -> jax.Array:
+    """Adds the input of a block to `y`, projected where the shape changes."""
+    if x.shape != y.shape:
+        x = norm()(conv(y.shape[-1], (1, 1), (stride, stride), padding=0)(x))
+    return nn.relu(x + y)
 
 
 class ResNet(nn.Module):
-    """A residual network with the CIFAR stem.
+    """A residual network.
 
     Attributes:
       stage_sizes: blocks in each stage; every stage but the first halves the image.
       num_classes: number of logits.
-      width: channels of the first stage; every further stage doubles them.
-      conv: makes a convolution without bias, see `Layer`.
-      norm: makes a normalisation, see `Layer`.
+      width: channels of the stem, and of the first stage's 3x3 convolutions; every
+        further stage doubles them.
+      conv: makes a convolution without bias, see `models.factories`.
+      norm: makes a normalisation, see `models.factories`.
       dropout_rate: dropout on the pooled features, off at 0.
       dtype: type of the computation; parameters and logits are float32.
+      dense: makes the head, see `models.factories`.
+      block: `BasicBlock` or `BottleneckBlock`.
+      stem: "cifar" or "imagenet".
+      zero_init_last: whether blocks start as their shortcuts, by a scale of 0 in the
+        last normalisation of each (Goyal et al., 2017, arXiv 1706.02677).
+      shared_names: whether layers are named `Conv_0`, `Norm_0` and so on whatever was
+        put in. Otherwise linen names them after their classes, and the parameters of
+        `models.convolution.PatchConv` are not found by `nn.Conv`.
     """
 
     stage_sizes: Sequence[int]
@@ -92,31 +158,55 @@ class ResNet(nn.Module):
     norm: Layer = batch_norm
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    dense: Layer = nn.Dense
+    block: Callable[..., nn.Module] = BasicBlock
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    zero_init_last: bool = False
+    shared_names: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Maps images `[B, H, W, C]` to logits `[B, num_classes]`."""
-        x = self.conv(
-            self.width, (3, 3), padding=1, kernel_init=he_normal, dtype=self.dtype
-        )(images)
-        x = nn.relu(self.norm(train=train, dtype=self.dtype)(x))
+        x = self._apply_stem(images, train)
         for stage, num_blocks in enumerate(self.stage_sizes):
             for block in range(num_blocks):
-                x = BasicBlock(
+                x = self.block(
                     features=self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     conv=self.conv,
                     norm=self.norm,
                     dtype=self.dtype,
+                    zero_init_last=self.zero_init_last,
+                    shared_names=self.shared_names,
                 )(x, train)
         x = jnp.mean(x, axis=(1, 2))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        x = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return x.astype(jnp.float32)
+        dense = numbered(self.dense, "Dense") if self.shared_names else self.dense
+        logits: jax.Array = dense(self.num_classes, dtype=self.dtype)(x)
+        return logits.astype(jnp.float32)
+
+    def _apply_stem(self, images: jax.Array, train: bool) -> jax.Array:
+        conv, norm = self.conv, self.norm
+        if self.shared_names:
+            conv, norm = numbered(conv, "Conv"), numbered(norm, "Norm")
+        conv = partial(conv, kernel_init=he_normal, dtype=self.dtype)
+        if self.stem == "cifar":
+            x = conv(self.width, (3, 3), padding=1)(images)
+        else:
+            x = conv(self.width, (7, 7), (2, 2), padding=3)(images)
+        x = nn.relu(norm(train=train, dtype=self.dtype)(x))
+        if self.stem == "imagenet":
+            x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        return x
 
 
-# The published network for CIFAR: 11,173,962 parameters at 10 classes and width 64.
-resnet18 = partial(ResNet, (2, 2, 2, 2))
+# Parameters at 10 classes with the CIFAR stem, and at 1,000 with the ImageNet one:
+resnet18 = partial(ResNet, (2, 2, 2, 2))  # 11,173,962 and 11,689,512
+resnet34 = partial(ResNet, (3, 4, 6, 3))  # 21,282,122 and 21,797,672
+# 23,520,842 and 25,557,032; 42,512,970 and 44,549,160; 58,156,618 and 60,192,808
+resnet50 = partial(ResNet, (3, 4, 6, 3), block=BottleneckBlock)
+resnet101 = partial(ResNet, (3, 4, 23, 3), block=BottleneckBlock)
+resnet152 = partial(ResNet, (3, 8, 36, 3), block=BottleneckBlock)
 
 # One block in each of three stages, for the 8x8 digits: trains in seconds.
 resnet8 = partial(ResNet, (1, 1, 1), width=16)
