@@ -1,5 +1,6 @@
 """Sharpness-aware training as composable Optax gradient transformations."""
 
+from optax_sam import diagnostics
 from optax_sam._adaptive import AdaptToScaleState, adapt_to_scale
 from optax_sam._alias import (
     asam,
@@ -34,6 +35,7 @@ __all__ = [
     "adapt_to_scale",
     "asam",
     "choose_layers",
+    "diagnostics",
     "dynamic_sparse_sam",
     "fisher_diagonal",
     "m_sam",

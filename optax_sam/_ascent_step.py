@@ -1,0 +1,59 @@
+"""One step of an ascent, as the engine takes it, without the descent."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import _passes, _protocol, _tree
+from optax_sam._engine import SharpnessAwareState
+from optax_sam._step import value_and_update
+
+
+class Ascent(NamedTuple):
+    """A step of an ascent: its perturbation, new state, and the losses that it read."""
+
+    epsilon: optax.Updates
+    state: optax.OptState
+    losses: jax.Array
+
+
+def ascent_step(
+    loss_fn: Any, ascent: Any, has_aux: Any, ascent_loss_fn: Any, scoring_loss_fn: Any
+) -> Callable[..., Ascent]:
+    """The step of an ascent, `(params, state, *args)`, as the engine takes it."""
+    ascent = _protocol.as_transformation("ascent", ascent)
+
+    def update(
+        gradient: optax.Updates, state: optax.OptState, params: Any, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        def ascend(gradient: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
+            epsilon, new = ascent.update(gradient, state, params, **extra_args)
+            return epsilon, new
+
+        epsilon, new = ascend(gradient)
+        finite = _tree.all_finite(_passes._read(ascend, gradient, epsilon, new))
+        epsilon = _tree.map_present(lambda e: _passes._zero_unless(finite, e), epsilon)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return epsilon, (new, extra_args["losses"])
+
+    step = value_and_update(
+        loss_fn,
+        optax.GradientTransformationExtraArgs(ascent.init, update),
+        has_aux=has_aux,
+        ascent_loss_fn=ascent_loss_fn,
+        scoring_loss_fn=scoring_loss_fn,
+    )
+
+    def ascend(params: optax.Params, state: optax.OptState, *args: Any) -> Ascent:
+        if isinstance(state, SharpnessAwareState):
+            raise TypeError(
+                "ascent_state is the state of the whole optimizer, SharpnessAwareState;"
+                " pass its part opt_state.ascent_state."
+            )
+        _, epsilon, (new, losses) = step(params, state, *args)
+        return Ascent(epsilon, new, losses)
+
+    return ascend
