@@ -1,0 +1,210 @@
+"""Trains a Flax NNX model on the digits with one method, by an `nnx.Optimizer`."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from command_line import (
+    NoisyDigits,
+    check_training,
+    make_run_directory,
+    one_line_errors,
+    versions,
+    write_json,
+)
+from data import Dataset, Split, load_digits, normalize
+from flax import nnx
+from methods import METHODS, check_batch, hyperparameters, make_tx
+from models.nnx_resnet import NORMS, ResNet
+from optimizers import momentum_sgd
+from tqdm import tqdm
+from training import shuffled_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(NoisyDigits):
+    """Trains a Flax NNX model on the digits with label noise, with one method.
+
+    Prints the accuracy on the test images after the last epoch; writes all figures to
+    results.json.
+    """
+
+    method: Annotated[
+        str, tyro.conf.arg(help=f"Out of {', '.join(METHODS)}, or some joined by +.")
+    ] = "sam"
+    dropout: float = 0.1
+    """Dropout rate on the features before the last layer."""
+    seed: int = 0
+    """Draws label noise, parameters, batches and dropout."""
+    hyperparameters: tuple[str, ...] = ()
+    """Changes of the method's hyperparameters, such as rho=0.05 theta=0.2."""
+
+
+@nnx.jit
+def train_step(model: ResNet, optimizer: nnx.Optimizer[Any], batch: Split) -> Any:
+    """Moves the model and the optimizer by one step, of any method.
+
+    The functions of the parameters merge them with what the model holds beside: running
+    statistics and the state of its random numbers. That is as it was before the step in
+    both passes, so that they drop the same features; what the clean pass makes of it is
+    kept, so that running statistics never see perturbed parameters.
+
+    Args:
+      model: in training mode.
+      optimizer: of the model's `nnx.Param`; its transformation takes extra arguments.
+      batch: normalized images `[B, H, W, C]`, and labels `[B]`.
+
+    Returns:
+      The mean loss and the accuracy of the clean pass.
+    """
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = parts
+    rest = nnx.as_pure(rest)  # Arrays, of which every pass makes variables of its own.
+
+    def losses_and_aux(params: Any, batch: Split) -> Any:
+        merged = nnx.merge(graph, params, rest)
+        logits = merged(batch.images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+        return losses, (nnx.as_pure(nnx.state(merged, nnx.Not(nnx.Param))), accuracy)
+
+    def scoring_loss_fn(params: Any, batch: Split) -> Any:
+        # An example normalised by itself has no gradient worth the name.
+        merged = nnx.merge(graph, params, rest)
+        merged.eval()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            merged(batch.images), batch.labels
+        )
+
+    losses, vjp, (rest_after, accuracy) = jax.vjp(
+        lambda params: losses_and_aux(params, batch), params, has_aux=True
+    )
+    (gradient,) = vjp(jnp.full_like(losses, 1 / len(losses)))
+    nnx.update(model, rest_after)
+    # RW-SAM weights the examples of the clean pass by its losses and its pullback, and
+    # would otherwise run it again; Sparse SAM scores weights by the scoring loss. Other
+    # methods need the first two only, and the base alone nothing.
+    optimizer.update(
+        model,
+        gradient,
+        loss_fn=lambda params, batch: losses_and_aux(params, batch)[0],
+        batch=batch,
+        losses=losses,
+        pullback=lambda weights: nnx.as_pure(vjp(weights)[0]),
+        scoring_loss_fn=scoring_loss_fn,
+    )
+    return jnp.mean(losses), accuracy
+
+
+@nnx.jit
+def count_correct(model: ResNet, batch: Split) -> jax.Array:
+    """How many images a model in evaluation mode classifies as labelled."""
+    return jnp.sum(jnp.argmax(model(batch.images), axis=-1) == batch.labels)
+
+
+def make_optimizer(
+    model: nnx.Module, tx: optax.GradientTransformation
+) -> nnx.Optimizer[Any]:
+    """An optimizer of the parameters that takes the extra arguments of any method."""
+    # The base alone would refuse them.
+    return nnx.Optimizer(model, optax.with_extra_args_support(tx), wrt=nnx.Param)
+
+
+class Training:
+    """A model in training.
+
+    Attributes:
+      curves: means of each epoch, lists by name.
+    """
+
+    def __init__(
+        self, options: Options, dataset: Dataset, tx: optax.GradientTransformation
+    ) -> None:
+        """Draws the parameters."""
+        self._splits = {
+            name: Split(
+                normalize(split.images, dataset.mean, dataset.std), split.labels
+            )
+            for name in ("train", "valid", "test")
+            for split in [getattr(dataset, name)]
+        }
+        self._model: Any = ResNet(
+            options.stages,
+            dataset.num_classes,
+            channels=dataset.train.images.shape[-1],
+            width=options.width,
+            norm=NORMS[options.norm],
+            dropout_rate=options.dropout,
+            rngs=nnx.Rngs(options.seed),
+        )
+        self._optimizer = make_optimizer(self._model, tx)
+        self.curves: dict[str, list[float]] = defaultdict(list)
+
+    def train_epoch(self, indices: np.ndarray, bar: Any) -> None:
+        """Trains on `indices[steps, batch_size]`, then evaluates for the curves."""
+        train = self._splits["train"]
+        self._model.train()
+        steps = []
+        for index in indices:
+            batch = Split(train.images[index], train.labels[index])
+            steps.append(train_step(self._model, self._optimizer, batch))
+            bar.update()
+        loss, accuracy = np.mean(np.array(jax.device_get(steps)), axis=0).tolist()
+        self.curves["train_loss"].append(loss)
+        self.curves["train_accuracy"].append(accuracy)
+        self.curves["valid_accuracy"].append(self.accuracy("valid"))
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
+
+    def accuracy(self, split: str) -> float:
+        """Accuracy on "valid" or "test", by the running statistics."""
+        self._model.eval()
+        batch = self._splits[split]
+        return float(count_correct(self._model, batch)) / len(batch.labels)
+
+
+def train(options: Options, training: Training, num_examples: int) -> None:
+    """Trains all epochs."""
+    steps = num_examples // options.batch_size
+    with tqdm(total=options.epochs * steps, unit="step", mininterval=0.5) as bar:
+        for epoch in range(options.epochs):
+            bar.set_description(f"epoch {epoch + 1} of {options.epochs}")
+            key = jax.random.fold_in(jax.random.key(options.seed), epoch)
+            indices = shuffled_batches(key, num_examples, options.batch_size)
+            training.train_epoch(np.asarray(indices), bar)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the training that the command line asks for."""
+    options = tyro.cli(Options, args=args)
+    with one_line_errors():
+        chosen = hyperparameters([options.method], options.hyperparameters)
+        dataset = load_digits(options.noise, options.seed)
+        num_examples = len(dataset.train.labels)
+        check_training(options, num_examples)
+        check_batch(chosen, options.batch_size)
+        num_steps = options.epochs * (num_examples // options.batch_size)
+        base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
+        values: Mapping[str, Any] = chosen[options.method]
+        tx = make_tx(options.method, base, values, num_steps)
+        directory = make_run_directory(options.out, f"nnx-{options.method}")
+    training = Training(options, dataset, tx)
+    train(options, training, num_examples)
+    path = directory / "results.json"
+    accuracy = training.accuracy("test")
+    settings = {"settings": dataclasses.asdict(options), "versions": versions()}
+    figures = {"hyperparameters": values, "test_accuracy": accuracy}
+    write_json(path, settings | figures | {"epochs": training.curves})
+    print(
+        f"{options.method}: test accuracy {100 * accuracy:.2f} % after epoch "
+        f"{options.epochs}; {path}"
+    )
+
+
+if __name__ == "__main__":
+    main()
