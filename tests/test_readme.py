@@ -9,12 +9,23 @@ import numpy as np
 import optax
 import problems
 import pytest
+from config_file import parse
 
 import optax_sam
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LINEN, NNX, COMPOSING, BY_HAND, CHEAPER, SHARD_MAP, IN_PARTS, FLOAT16 = CODE
+(
+    LINEN,
+    NNX,
+    COMPOSING,
+    BY_HAND,
+    CHEAPER,
+    SHARD_MAP,
+    DIAGNOSTICS,
+    IN_PARTS,
+    FLOAT16,
+) = CODE
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
 
 
@@ -86,8 +97,26 @@ def test_shard_map():
     problems.assert_trees_close(scope["step"](*inputs), alone, rtol=1e-4, atol=1e-6)
 
 
-def test_two_commands():
-    main_job, tests, processes = COMMANDS
+def test_diagnostics():
+    scope = {}
+    exec(LINEN + DIAGNOSTICS, scope)
+    figures = scope["figures"]
+    losses = scope["loss_fn"](scope["params"], scope["batch"])
+    np.testing.assert_allclose(
+        figures["this step"].clean_loss, losses.mean(), rtol=1e-5
+    )
+    # SAM's step is where the search for the worst case begins.
+    assert figures["worst in a ball"] >= figures["this step"].gap > 0
+    assert np.all(np.diff(figures["largest eigenvalues"]) <= 0)
+    assert figures["gradient noise"] > 0
+
+
+def test_commands():
+    main_job, tests, application, processes = COMMANDS
     assert main_job.endswith("examples/compare.py")
     assert tests.endswith("-m pytest -n 2")
     assert "examples/multi_process.py" in processes
+    script, *options = application.split()[1:]
+    assert script == "examples/train.py"
+    asked = parse(options)
+    assert (asked.dataset, asked.model, asked.epochs) == ("cifar10", "resnet8", 3)
