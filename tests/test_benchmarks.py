@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import finite_difference, measure, sparse_cost, step_cost, top_k
+from benchmarks import (
+    finite_difference,
+    measure,
+    sparse_cost,
+    step_cost,
+    throughput,
+    top_k,
+)
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -37,6 +44,28 @@ def test_step_cost_writes_and_prints_every_row(tmp_path, capsys):
     assert {"jax", "flax", "optax", "optax_sam"} <= set(results["versions"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
+
+
+def test_throughput_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
+    make_rows = throughput.make_rows
+    some = [measure.SGD, "SAM", "SSAM-F, half", "static: first block", "RW-SAM, jvp"]
+
+    def make_some(options):  # Each takes seconds to compile.
+        rows = make_rows(options)
+        return {name: rows[name] for name in some}
+
+    monkeypatch.setattr(throughput, "make_rows", make_some)
+    path = tmp_path / "throughput.json"
+    throughput.main([*TINY, "--batch-size=4", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[measure.SGD]["time_over_sgd"] == 1
+    for row in rows.values():
+        assert all(math.isfinite(figure) and figure > 0 for figure in row.values())
+    # Between refreshes a mask costs nothing that counts beside SAM's passes.
+    assert rows["SSAM-F, half"]["flops_over_sgd"] < 1.1 * rows["SAM"]["flops_over_sgd"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+    assert "bfloat16" in printed
 
 
 def test_sparse_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
