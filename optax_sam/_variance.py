@@ -81,7 +81,10 @@ def suppress_variance(
         def average(g: Any, d: jax.Array) -> jax.Array:
             wide = _tree.accumulator_dtype(d.dtype)
             w = weight.astype(wide)
-            mean = (1 - w) * d.astype(wide) + w * jnp.asarray(g, wide)
+            g, before = jnp.asarray(g, wide), d.astype(wide)
+            # With one product there is one way to round it: compilers fuse either of
+            # two with their sum, and which one depends on what else is in the chain.
+            mean = jnp.where(w == 1, g, before + w * (g - before))
             if d.dtype == wide:
                 return mean
             limit: Any = jnp.finfo(d.dtype)  # type: ignore[no-untyped-call]

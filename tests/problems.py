@@ -64,8 +64,8 @@ def mean_loss(problem: Problem) -> Callable[[Any], jax.Array]:
     return lambda params: jnp.mean(problem.loss_fn(params, problem.batch))
 
 
-def train(tx, problem: Problem, steps: int) -> tuple[Any, Any]:
-    """Takes compiled steps through `value_and_update`; returns params and state."""
+def training(tx, problem: Problem, steps: int) -> Callable[[Any, Any], Any]:
+    """Compiles `run(params, opt_state)`: steps through `value_and_update`."""
     step = optax_sam.value_and_update(problem.loss_fn, tx)
 
     def body(carry, _):
@@ -77,6 +77,12 @@ def train(tx, problem: Problem, steps: int) -> tuple[Any, Any]:
     def run(params, opt_state):
         return jax.lax.scan(body, (params, opt_state), length=steps)[0]
 
+    return run
+
+
+def train(tx, problem: Problem, steps: int) -> tuple[Any, Any]:
+    """Takes compiled steps through `value_and_update`; returns params and state."""
+    run = training(tx, problem, steps)
     return run(problem.params, tx.init(problem.params))
 
 

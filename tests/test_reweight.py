@@ -424,9 +424,12 @@ SHALLOW = problems.perceptron(sizes=(6, 4))
 
 
 def trained(*links):
+    """Parameters after five steps, from many starts: a last bit may agree by chance."""
     base = optax.sgd(0.1, momentum=0.9)
     tx = optax_sam.sharpness_aware(base, optax.chain(*links))
-    return problems.train(tx, SHALLOW, 5)[0]
+    run = problems.training(tx, SHALLOW, 5)
+    starts = [jax.tree.map(lambda p, k=k: p * k / 8, SHALLOW.params) for k in range(16)]
+    return [run(params, tx.init(params))[0] for params in starts]
 
 
 @functools.cache
@@ -437,14 +440,12 @@ def trained_by_rw_sam():
 @pytest.mark.parametrize("name", COMPANIONS)
 def test_combined_methods_fall_back_to_each_other(name):
     companion = COMPANIONS[name]
-    # Three in one chain were once off by one rounding in 2 of 24 weights.
-    exactly = {"rtol": 0, "atol": 0} if " and " not in name else {"rtol": 5e-7}
     reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
     alone = trained(*companion((), on=True))
     even = trained(*companion((uniform,), on=True))
-    problems.assert_trees_close(even, alone, **exactly)
+    problems.assert_trees_equal(even, alone)
     plain = trained(*companion((reweight,), on=False))
-    problems.assert_trees_close(plain, trained_by_rw_sam(), **exactly)
+    problems.assert_trees_equal(plain, trained_by_rw_sam())
     combined = trained(*companion((reweight,), on=True))
     for other in (alone, plain):
         difference = jax.tree.map(jnp.subtract, combined, other)
