@@ -7,11 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from command_line import require
 from config import Config
 from data import Dataset, Split
 from methods import make_ascent, sharpen
 from models import make
-from models.convolution import PatchConv
+from models.convolution import PatchConv, fastest_convolution
 from optimizers import make_base, make_schedule
 from training import LossFn, make_loss_fn
 
@@ -29,15 +30,12 @@ def make_network(
       dataset: says the number of classes and the size of the images.
       backward: the backward rule of the products of all layers, the usual by default.
     """
-    conv: Any = partial(nn.Conv, use_bias=False)
+    conv: Any = fastest_convolution(jax.default_backend())
     dense: Any = nn.Dense
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
-        conv = PatchConv
     if backward is not None:
         conv = (
             partial(conv, dot_general=backward.dot_general)
-            if on_cpu
+            if conv is PatchConv
             else partial(conv, conv_general_dilated=backward.conv_general_dilated)
         )
         dense = partial(dense, dot_general=backward.dot_general)
@@ -71,6 +69,7 @@ class Optimizer:
     Attributes:
       tx: the transformation.
       ascent: its ascent, None for the base alone.
+      micro_batch_size: how many examples ascend together, None for all of a batch.
       learning_rate: a schedule of the count of steps.
     """
 
@@ -89,21 +88,27 @@ class Optimizer:
           ValueError: if a hyperparameter is out of range.
         """
         num_steps = config.epochs * steps_per_epoch
-        self.learning_rate = make_schedule(
-            config.schedule,
-            config.learning_rate,
-            num_steps,
-            round(config.warmup_epochs * steps_per_epoch),
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+        require(
+            warmup < num_steps,
+            f"--warmup-epochs must leave steps of the {num_steps:,} of the training",
+            config.warmup_epochs,
         )
+        self.learning_rate = make_schedule(
+            config.schedule, config.learning_rate, num_steps, warmup
+        )
+        varies = config.schedule != "constant" or warmup
         base = make_base(
             config.base,
-            self.learning_rate,
+            # Some of Optax's optimizers take numbers only.
+            self.learning_rate if varies else config.learning_rate,
             config.weight_decay,
             config.base_hyperparameters,
         )
         self.ascent = make_ascent(
             config.method, values, num_steps, key=config.seed, perturb=config.perturb
         )
+        self.micro_batch_size = values.get("micro_batch_size")
         self.tx = sharpen(base, self.ascent, values)
 
 

@@ -46,9 +46,11 @@ class Config:
     """Share of the training labels that are replaced by another class."""
     noise_seed: int = 0
     """Draws which labels are replaced, and by what."""
+    train_on_all: bool = False
+    """Holds no training images out to validate on, as papers do that report CIFAR."""
 
     augment: bool = False
-    """Whether to crop, flip and cut out images of CIFAR's size at random."""
+    """Whether to crop, flip and cut out CIFAR's images at random."""
 
     model: Annotated[str, tyro.conf.arg(help=f"Out of {', '.join(MODELS)}.")] = (
         "resnet8"
@@ -172,19 +174,18 @@ def suitable(dataset: str, method: str, base: str, model: str | None) -> Config:
     return config
 
 
-def default_hyperparameters(config: Config) -> Hyperparameters:
+def default_hyperparameters(config: Config, steps_per_epoch: int) -> Hyperparameters:
     """What replaces the defaults of `METHODS`, which are those for the digits."""
-    of_dataset: Hyperparameters = {}
+    of_dataset: dict[str, dict[str, Any]] = {}
     if config.dataset != "digits":
         rho = {"cifar10": 1.0, "cifar100": 2.0, "imagenet": 0.5}[config.dataset]
-        of_dataset = {
-            method: {**values, "rho": rho * values["rho"]}
-            for method, values in CIFAR10_HYPERPARAMETERS.items()
-        }
+        for method, values in CIFAR10_HYPERPARAMETERS.items():
+            of_dataset[method] = {**values, "rho": rho * values["rho"]}
+            if "refresh_every" in METHODS[method]:
+                of_dataset[method]["refresh_every"] = steps_per_epoch
     if config.dtype == "bfloat16":
         # Differences of losses that were computed in half precision are rounding.
-        rw_sam = {**of_dataset.get("rw_sam", {}), "estimator": "jvp"}
-        of_dataset = {**of_dataset, "rw_sam": rw_sam}
+        of_dataset.setdefault("rw_sam", {})["estimator"] = "jvp"
     return of_dataset
 
 
@@ -197,6 +198,11 @@ def load(config: Config) -> Dataset:
     """
     noise = (config.noise, config.noise_seed)
     if config.dataset == "digits":
+        require(
+            not config.train_on_all,
+            "--train-on-all is for CIFAR and ImageNet; the digits come in fixed splits",
+            config.dataset,
+        )
         return load_digits(*noise)
     require(
         config.data_dir is not None,
@@ -209,13 +215,22 @@ def load(config: Config) -> Dataset:
         "cifar100": load_cifar100,
         "imagenet": load_image_folders,
     }
-    dataset: Dataset = loaders[config.dataset](config.data_dir, *noise)
+    held_out: dict[str, Any] = {}
+    if config.train_on_all:
+        folders = config.dataset == "imagenet"
+        held_out = {"valid_share": 0.0} if folders else {"num_valid": 0}
+    dataset: Dataset = loaders[config.dataset](config.data_dir, *noise, **held_out)
     return dataset
 
 
 def check(config: Config, num_examples: int) -> None:
     """Raises a ValueError if a setting is out of range; the message says which."""
     check_training(config, num_examples)
+
+
+def check_without_data(config: Config) -> None:
+    """Does the same for the settings that can be checked before anything is read."""
+    require(0 <= config.noise <= 1, "--noise must be from 0 to 1", config.noise)
     for name in ("seed", "noise_seed"):
         value, flag = getattr(config, name), name.replace("_", "-")
         require(0 <= value < 2**32, f"--{flag} must be from 0 to 2**32 - 1", value)
@@ -238,15 +253,25 @@ def check(config: Config, num_examples: int) -> None:
         config.implicit,
     )
     require(
-        0 <= config.warmup_epochs < config.epochs,
-        f"--warmup-epochs must be at least 0 and below --epochs {config.epochs}",
+        config.warmup_epochs >= 0,
+        "--warmup-epochs must be at least 0",
         config.warmup_epochs,
     )
     if config.resume and config.out is None:
         raise ValueError("--resume needs --out, the directory of the run.")
     if parts(config.method) == ["sgd"]:
         asked = bool(config.perturb) or config.implicit is not None
-        require(not asked, "--perturb and --implicit need an ascent", config.method)
+        require(
+            not asked and config.ascent_part == 1,
+            "--perturb, --implicit and --ascent-part need an ascent",
+            config.method,
+        )
+    require(
+        not config.augment or config.dataset in ("cifar10", "cifar100"),
+        "--augment is for CIFAR: it would cut out all of a digit, and images of "
+        "ImageNet are cropped and flipped as they are read",
+        config.dataset,
+    )
 
 
 def as_json(config: Config) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import tyro
+from command_line import require
 from config import Config, suitable
 
 
@@ -33,6 +34,12 @@ def parse(args: Sequence[str]) -> Config:
         name: getattr(first, name) or given.get(name, getattr(Config, name))
         for name in ("dataset", "method", "base")
     }
+    known = get_args(get_type_hints(Config)["dataset"])
+    require(
+        names["dataset"] in known,
+        f"--dataset must be one of {', '.join(known)}",
+        names["dataset"],
+    )
     if names["method"] == "base":
         names["method"] = "sgd"
     default = suitable(**names, model=first.model or given.get("model"))

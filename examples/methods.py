@@ -20,15 +20,20 @@ def _sparsify_by_fisher(
     *,
     sparsity: float,
     refresh_every: int,
-    pattern: str = "unstructured",
-    num_examples: int = 128,
+    pattern: str,
+    num_examples: int,
+    fisher_estimator: Any,
 ) -> optax.GradientTransformation:
     link: optax.GradientTransformation = optax_sam.sparsify_by_fisher(
         _make_pattern(pattern, sparsity),
         refresh_every=refresh_every,
         num_examples=num_examples,
+        estimator=fisher_estimator,
     )
     return link
+
+
+_N_M = r"\d+:\d+"  # The pattern that fixes the sparsity.
 
 
 def _make_pattern(name: str, sparsity: float) -> Any:
@@ -36,7 +41,7 @@ def _make_pattern(name: str, sparsity: float) -> Any:
         return optax_sam.unstructured(sparsity)
     if name in ("layer", "filter"):
         return optax_sam.structured(sparsity, unit=name)
-    if re.fullmatch(r"\d+:\d+", name):
+    if re.fullmatch(_N_M, name):
         return optax_sam.n_m(*map(int, name.split(":")))
     raise ValueError(
         "pattern must be unstructured, layer, filter or of the form 2:4, which keeps "
@@ -53,7 +58,7 @@ METHODS: Hyperparameters = {
     "sgd": {},
     "sam": {"rho": 0.5},
     "vasso": {"rho": 0.5, "theta": 0.9},
-    "asam": {"rho": 3.0},
+    "asam": {"rho": 3.0, "eta": 0.0},
     # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
     "sparse_sam": {
         "rho": 0.7,
@@ -61,19 +66,24 @@ METHODS: Hyperparameters = {
         "refresh_every": 16,
         "pattern": "unstructured",
         "num_examples": 128,
+        "fisher_estimator": "per_example",
     },
     "dynamic_sparse_sam": {
         "rho": 0.7,
         "sparsity": 0.5,
         "refresh_every": 16,
         "drop_fraction": 0.5,
+        "drop_by": "gradient",
+        "grow_by": "random",
     },
     # The rho and the strength are those of benchmarks/reweight_accuracy.py.
     "rw_sam": {
         "rho": 0.5,
         "strength": 0.1,
         "num_probes": 1,
+        "delta": 1e-4,
         "estimator": "finite_difference",
+        "normalize": False,
     },
     "m_sam": {"rho": 0.5, "micro_batch_size": 16},
 }
@@ -83,8 +93,8 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "sam": {"rho": 0.1},
     "vasso": {"rho": 0.1, "theta": 0.9},
     "asam": {"rho": 0.5},
-    "sparse_sam": {"rho": 0.1, "refresh_every": 390},
-    "dynamic_sparse_sam": {"rho": 0.1, "refresh_every": 390},
+    "sparse_sam": {"rho": 0.1},  # And a new mask each epoch, see config.py.
+    "dynamic_sparse_sam": {"rho": 0.1},
     "rw_sam": {"rho": 0.1},
     "m_sam": {"rho": 0.1, "micro_batch_size": 32},
 }
@@ -156,7 +166,7 @@ def make_ascent(
     static = [optax_sam.perturb_only(mask)] if perturb else []
     radius = optax_sam.scale_to_radius(values["rho"])
     if "asam" in names:
-        radius = optax_sam.adapt_to_scale(values["rho"])
+        radius = optax_sam.adapt_to_scale(values["rho"], eta=values["eta"])
     ascent: optax.GradientTransformation = optax.chain(
         *static, *make(_BEFORE), radius, *make(_AFTER)
     )
@@ -237,7 +247,27 @@ def hyperparameters(
         }
     for assignment in assignments:
         _assign(chosen, assignment)
+    for method, values in chosen.items():
+        if re.fullmatch(_N_M, values.get("pattern", "")):
+            _fix_sparsity(method, values, assignments)
     return chosen
+
+
+def _fix_sparsity(
+    method: str, values: dict[str, Any], assignments: Sequence[str]
+) -> None:
+    """Sets the sparsity that a pattern of `n` out of `m` has."""
+    n, m = map(int, values["pattern"].split(":"))
+    sparsity = 1 - n / m if m else None
+    asked = any(
+        a.partition("=")[0] in ("sparsity", f"{method}.sparsity") for a in assignments
+    )
+    if asked and values["sparsity"] != sparsity:
+        raise ValueError(
+            f"{method}: the pattern {values['pattern']} has a sparsity of {sparsity}, "
+            f"got sparsity={values['sparsity']}; leave one of the two out."
+        )
+    values["sparsity"] = sparsity
 
 
 def check_batch(chosen: Hyperparameters, batch_size: int) -> None:
@@ -268,12 +298,17 @@ def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
             f"they take {available or 'no hyperparameters'}."
         )
     for values in takers:
-        value_type: Callable[[str], Any] = type(values[name])
+        kind = type(values[name])
         try:
-            values[name] = value_type(value)
-        except ValueError:
-            whole = "whole " if value_type is int else ""
+            values[name] = _READ.get(kind, kind)(value)
+        except (KeyError, ValueError):
             raise ValueError(
-                f"{assignment!r} has no {whole}number after '='; write for example "
+                f"{assignment!r} has no {_KINDS[kind]} after '='; write for example "
                 f"{target}={values[name]}."
             ) from None
+
+
+_KINDS = {float: "number", int: "whole number", bool: "True or False"}
+_READ: Mapping[type, Callable[[str], Any]] = {
+    bool: {"True": True, "False": False}.__getitem__
+}

@@ -25,11 +25,12 @@ class MetricsWriter:
         Args:
           directory: where they go.
           settings: those of the run, for TensorBoard's text page.
-          first_step: what an earlier run wrote of later steps is void.
+          first_step: how many steps are done; what an earlier run wrote of later
+            ones is void.
         """
         self._csv = directory / "metrics.csv"
         self._board = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=first_step, flush_secs=10
+            str(directory / "tensorboard"), purge_step=first_step + 1, flush_secs=10
         )
         text = json.dumps(settings, indent=1, default=str)
         self._board.add_text("settings", f"```\n{text}\n```", first_step)

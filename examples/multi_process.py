@@ -122,7 +122,7 @@ def make_state(
     shardings = TrainState(
         params,
         jax.tree.map(lambda _: everywhere, abstract.batch_stats),
-        of_opt_state(tx, abstract.opt_state, params),
+        of_opt_state(tx, abstract.opt_state, abstract.params, params),
     )
     return jax.jit(init, out_shardings=shardings)(key), shardings
 

@@ -71,7 +71,13 @@ def make_base(
                 f"{', '.join(free)}."
             )
         arguments[key] = value
-    base: optax.GradientTransformation = factory(**arguments)
+    try:
+        base: optax.GradientTransformation = factory(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"--base {name} cannot be made ({error}); --base-hyperparameters gives it "
+            "what is missing, and --schedule constant a number for learning rate."
+        ) from error
     if decays:
         return base
     penalised: optax.GradientTransformation = optax.chain(

@@ -19,6 +19,8 @@ from optax_sam import diagnostics
 
 # Bounds what a call's batches take, on the host and on the device.
 BYTES_PER_CALL = 2**26
+# Speeds are medians over so many calls, the latest.
+MOST_TIMES = 1000
 
 
 class Run:
@@ -26,8 +28,8 @@ class Run:
 
     Attributes:
       curves: figures of each epoch, lists by name; None where one was not measured.
-      step_seconds: wall time of a step, in each call of the compiled function but those
-        that compiled it.
+      step_seconds: wall time of a step, in each of the latest calls of the compiled
+        function but those that compiled it.
       num_steps: steps of the whole training.
     """
 
@@ -58,8 +60,9 @@ class Run:
                 self._steps_per_epoch, at_most=min(16, max(1, BYTES_PER_CALL // size))
             ),
         )
+        self._data = self._batches.get_state()
         self._calls: list[list[float]] = []
-        self._pending: tuple[Metrics, int] | None = None
+        self._pending: tuple[Metrics, int, int] | None = None
         self._clock: float | None = None
         self._compiled = False
         self.curves: dict[str, list[float | None]] = defaultdict(list)
@@ -88,27 +91,31 @@ class Run:
         if self._pending is None:
             self._clock = time.perf_counter() if self._compiled else None
         batches = next_batches(self._batches)
+        # An iterator that has raised has lost its place.
+        self._data = self._batches.get_state()
         metrics = self.trainer.train(batches)
         self.collect(bar, writer)
-        self._pending, self._compiled = (metrics, len(batches.labels)), True
+        self._pending = metrics, self.steps, len(batches.labels)
+        self._compiled = True
 
     def collect(self, bar: Any, writer: MetricsWriter) -> None:
         """Waits for the last call, and reports it."""
         if self._pending is None:
             return
-        (loss, accuracy), size = self._pending
+        (loss, accuracy), step, size = self._pending
         self._pending = None
         self._calls.append([float(loss), float(accuracy)])
         now = time.perf_counter()
         if self._clock is not None:
             self.step_seconds.append((now - self._clock) / size)
+            del self.step_seconds[:-MOST_TIMES]
         self._clock = now
         figures = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.3f}"}
         if self.step_seconds:
             figures["images/s"] = f"{self.images_per_second:,.0f}"
         bar.set_postfix(figures, refresh=False)
         bar.update(size)
-        writer.write_steps(bar.n, *self._calls[-1])
+        writer.write_steps(step, *self._calls[-1])
 
     @property
     def images_per_second(self) -> float:
@@ -118,7 +125,9 @@ class Run:
     def end_epoch(self) -> None:
         """Evaluates, measures the ascent if it is time to, and adds to the curves."""
         loss, accuracy = np.mean(self._calls, axis=0).tolist()
-        valid_loss, valid_accuracy = self.trainer.evaluate(self._dataset.valid)
+        valid_loss, valid_accuracy = None, None
+        if len(self._dataset.valid.labels):
+            valid_loss, valid_accuracy = self.trainer.evaluate(self._dataset.valid)
         row: dict[str, float | None] = {
             "step": self.steps,
             "learning_rate": float(self._optimizer.learning_rate(self.steps - 1)),
@@ -132,8 +141,10 @@ class Run:
             due = self.epoch % every == 0 or self.steps == self.num_steps
             names = diagnostics.AscentMetrics._fields
             row |= self.trainer.measure() if due else dict.fromkeys(names)
-        for name, value in row.items():
-            self.curves[name].append(value)
+        # A run that is resumed may measure what it did not before, or no longer.
+        epochs = len(self.curves["step"])
+        for name in {**self.curves, **row}:
+            self.curves.setdefault(name, [None] * epochs).append(row.get(name))
         self._calls = []
 
     def test_accuracy(self) -> float:
@@ -150,7 +161,7 @@ class Run:
             dict(self.curves),
             self._calls,
             self.step_seconds,
-            self._batches.get_state(),
+            self._data,
         )
         checkpoints.save(self.trainer.state, progress)
 
@@ -161,4 +172,5 @@ class Run:
         self.curves.update(progress.curves)
         self._calls = progress.calls
         self.step_seconds = progress.step_seconds
+        self._data = progress.data
         self._batches.set_state(progress.data)

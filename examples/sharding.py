@@ -73,9 +73,9 @@ def by_first_divisible_axis(mesh: Mesh, params: Any) -> Any:
 
 
 def of_opt_state(
-    tx: optax.GradientTransformation, opt_state: Any, param_shardings: Any
+    tx: optax.GradientTransformation, opt_state: Any, params: Any, param_shardings: Any
 ) -> Any:
-    """The shardings of an optimizer's state: what is like the parameters lies as they.
+    """The shardings of an optimizer's state: what is like a parameter lies as it does.
 
     `jax.jit(tx.init)` puts the state of a sharpness-aware optimizer there by itself.
     That of others it copies to all devices; and it needs parameters, not their shapes.
@@ -83,18 +83,26 @@ def of_opt_state(
     Args:
       tx: any Optax optimizer.
       opt_state: its state, or the shapes of it.
-      param_shardings: a tree like the parameters. Counts, keys and the like are copied
-        to the devices of its first leaf.
+      params: the parameters, or the shapes of them.
+      param_shardings: a tree like them. Counts, keys, and averages that are of another
+        shape than their parameter, are copied to the devices of its first leaf.
     """
     everywhere = replicated(jax.tree.leaves(param_shardings)[0].mesh)
 
     def is_absent(node: Any) -> bool:  # In the state of masked or partitioned ones.
         return isinstance(node, optax.MaskedNode)
 
+    def place(node: Any, param: Any, sharding: Any) -> Any:
+        if is_absent(node):
+            return node
+        # Factored moments have fewer axes.
+        return sharding if node.shape == param.shape else everywhere
+
     return optax.tree.map_params(
         tx,
-        lambda node, sharding: node if is_absent(node) else sharding,
+        place,
         opt_state,
+        params,
         param_shardings,
         transform_non_params=lambda _: everywhere,
         is_leaf=is_absent,

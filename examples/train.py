@@ -1,5 +1,6 @@
 """Trains a model with one method on one data set, and reports held-out accuracy."""
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from config import (
     Config,
     as_json,
     check,
+    check_without_data,
     default_hyperparameters,
     load,
     num_devices,
@@ -56,15 +58,20 @@ def train(
     """Trains what is left or until interrupted; saves every few epochs and at last."""
     total = run.num_steps
     with tqdm(total=total, initial=run.steps, unit="step", mininterval=0.5) as bar:
-        while run.steps < total and not interrupt:
-            bar.set_description(f"epoch {run.epoch + 1} of {config.epochs}", False)
-            run.advance(bar, writer)
-            if run.at_end_of_epoch:
-                run.collect(bar, writer)
-                run.end_epoch()
-                writer.write_epoch(run.curves)
-                if run.epoch % config.checkpoint_every == 0:
-                    save()
+        try:
+            while run.steps < total and not interrupt:
+                bar.set_description(f"epoch {run.epoch + 1} of {config.epochs}", False)
+                run.advance(bar, writer)
+                if run.at_end_of_epoch:
+                    run.collect(bar, writer)
+                    run.end_epoch()
+                    writer.write_epoch(run.curves)
+                    if run.epoch % config.checkpoint_every == 0:
+                        save()
+        except SystemExit:  # An image that cannot be read; what was done counts.
+            run.collect(bar, writer)
+            save()
+            raise
         run.collect(bar, writer)
     save()
 
@@ -82,46 +89,55 @@ def report(run: Run, directory: Path, header: str, settings: Mapping[str, Any]) 
     seconds = float(np.median(run.step_seconds)) if run.step_seconds else None
     figures: dict[str, Any] = {
         "test_accuracy": run.test_accuracy(),
-        "valid_accuracy": run.curves["valid_accuracy"][-1],
+        "valid_accuracy": run.curves["valid_accuracy"][-1],  # None without images.
         "step_seconds": seconds,
     }
     path = directory / "results.json"
     write_json(path, {**settings, **figures, "epochs": run.curves})
-    speed = ""
+    valid, speed = "", ""
+    if figures["valid_accuracy"] is not None:
+        valid = f" (validation {100 * figures['valid_accuracy']:.2f} %)"
     if seconds is not None:
         speed = (
             f", {run.images_per_second:,.0f} images/s, {1e3 * seconds:.1f} ms a step"
         )
     print(
         f"{header}: test accuracy {100 * figures['test_accuracy']:.2f} % after epoch "
-        f"{run.epoch} (validation {100 * figures['valid_accuracy']:.2f} %){speed}; "
-        f"{path}"
+        f"{run.epoch}{valid}{speed}; {path}"
     )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the training that the command line asks for."""
+    try:
+        _main(args)
+    except KeyboardInterrupt:  # Before or after the training, or a second one in it.
+        print("stopped; --resume goes on from the last checkpoint, if there is one")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _main(args: Sequence[str] | None) -> None:
     with one_line_errors():
         config = parse(sys.argv[1:] if args is None else args)
-        method = config.method
-        chosen = hyperparameters(
-            [method], config.hyperparameters, default_hyperparameters(config)
-        )[method]
+        check_without_data(config)
         dataset = load(config)
         num_examples = len(dataset.train.labels)
         check(config, num_examples)
+        method, steps = config.method, num_examples // config.batch_size
+        chosen = hyperparameters(
+            [method], config.hyperparameters, default_hyperparameters(config, steps)
+        )[method]
         check_batch({method: chosen}, config.batch_size)
         devices = num_devices(config)
-        optimizer = Optimizer(config, chosen, num_examples // config.batch_size)
+        optimizer = Optimizer(config, chosen, steps)
         directory = make_run_directory(config.out, f"{config.dataset}-{method}")
         checkpoints = Checkpoints(directory / "checkpoints", config.keep)
         settings = training_settings(config, chosen, dataset)
         progress = find_progress(checkpoints, settings, resume=config.resume)
         model = make_network(config, dataset)
         check_layers(config, dataset, model)
-    run = Run(config, dataset, model, optimizer, devices)
-    if progress is not None:
-        with one_line_errors():
+        run = Run(config, dataset, model, optimizer, devices)
+        if progress is not None:
             run.resume(checkpoints, progress)
     write_json(directory / "config.json", as_json(config))
     save = partial(run.save, checkpoints, settings)

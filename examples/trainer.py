@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from build import Optimizer, make_ascent_loss_fn
 from command_line import one_line_errors
@@ -74,11 +75,11 @@ class Trainer:
         self._measure = None
         if optimizer.ascent is not None:
             self._measure = make_measure(
-                model, optimizer.ascent, dataset, config.augment, ascent_loss_fn
+                model, optimizer, dataset, config.augment, ascent_loss_fn
             )
 
     def _init(self, config: Config, dataset: Dataset, model: nn.Module) -> TrainState:
-        tx, everywhere = self._optimizer.tx, replicated(self._mesh)
+        everywhere = replicated(self._mesh)
         drawn = make_init(model, dataset)(config.seed, optax.identity())
         params = jax.tree.map(lambda _: everywhere, drawn.params)
         if config.fully_sharded:
@@ -88,8 +89,7 @@ class Trainer:
             jax.device_put(drawn.batch_stats, everywhere),
             (),
         )
-        state = of_opt_state(tx, jax.eval_shape(tx.init, drawn.params), params)
-        init = jax.jit(tx.init, out_shardings=state)
+        init = make_opt_init(config, self._optimizer.tx, drawn.params, params)
         return drawn._replace(opt_state=init(drawn.params))
 
     def train(self, batches: Split) -> Metrics:
@@ -139,21 +139,41 @@ def next_batches(batches: Iterator[Any]) -> Any:
         return next(batches, None)
 
 
+def make_opt_init(
+    config: Config, tx: optax.GradientTransformation, params: Any, shardings: Any
+) -> Any:
+    """Makes `init(params) -> opt_state`, compiled; places lie as their parameters do.
+
+    Raises:
+      ValueError: if the base is an optimizer that cannot be used here.
+    """
+    try:
+        state = of_opt_state(tx, jax.eval_shape(tx.init, params), params, shardings)
+    except Exception as error:  # Optimizers raise what they like.
+        raise ValueError(
+            f"--base {config.base} does not work in this training ({error!r}); try "
+            "--schedule constant, if it takes a number for learning rate only, or "
+            "another base, such as sgd or adamw."
+        ) from error
+    return jax.jit(tx.init, out_shardings=state)
+
+
 def make_measure(
     model: nn.Module,
-    ascent: optax.GradientTransformation,
+    optimizer: Optimizer,
     dataset: Dataset,
     augmented: bool,
     ascent_loss_fn: LossFn | None,
 ) -> Any:
     """Makes `measure(state, batches, count, key) -> AscentMetrics`, compiled.
 
-    It is that of the last of the batches, as step number `count` sees it.
+    It is that of the last of the batches, as step number `count` sees it: of all its
+    images together, or the mean over those that ascend together.
     """
     prepare = make_prepare(dataset, augmented)
     of_batch = diagnostics.ascent_metrics(
         make_loss_fn(model),
-        ascent,
+        optimizer.ascent,
         has_aux=True,
         ascent_loss_fn=ascent_loss_fn,
         scoring_loss_fn=make_scoring_loss_fn(model),
@@ -164,9 +184,16 @@ def make_measure(
     ) -> Any:
         last = jax.tree.map(lambda x: x[-1], batches)
         batch, dropout_key = prepare(last, jax.random.fold_in(key, count))
-        ascent_state = state.opt_state.ascent_state
-        return of_batch(
-            state.params, ascent_state, batch, state.batch_stats, dropout_key
-        )
+        ascent_state, size = state.opt_state.ascent_state, optimizer.micro_batch_size
+
+        def of_part(part: Split) -> Any:
+            return of_batch(
+                state.params, ascent_state, part, state.batch_stats, dropout_key
+            )
+
+        if size is None:
+            return of_part(batch)
+        parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+        return jax.tree.map(jnp.mean, jax.lax.map(of_part, parts))
 
     return jax.jit(measure)

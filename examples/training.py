@@ -116,7 +116,7 @@ def make_model(settings: Any, num_classes: int) -> ResNet:
 
 def make_init(model: nn.Module, dataset: Dataset) -> InitState:
     """Makes `init(seed, tx) -> TrainState`; the same seed, the same parameters."""
-    shape = (1, *dataset.train.images.shape[1:])
+    shape = (1, *dataset.train.image_shape)
     init_model = jax.jit(partial(model.init, train=False))
 
     def init(seed: int, tx: optax.GradientTransformation) -> TrainState:

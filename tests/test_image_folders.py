@@ -166,8 +166,8 @@ def test_classes_without_published_validation_images_are_allowed(folders):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"valid_share": 0.0}, "valid_share must be between 0 and 1, got 0.0"),
-        ({"valid_share": 1.0}, "valid_share must be between 0 and 1, got 1.0"),
+        ({"valid_share": -0.1}, "valid_share must be from 0 to below 1, got -0.1"),
+        ({"valid_share": 1.0}, "valid_share must be from 0 to below 1, got 1.0"),
         ({"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
         ({"noise": 2.0}, "noise must be a share from 0 to 1, got 2.0"),
     ],

@@ -133,7 +133,8 @@ def test_the_state_of_every_method_lies_as_the_parameters(method):
     alone, params = params, jax.device_put(params, shardings)
     base = optax.adamw(0.1)
     tx = make_tx(method, base, METHODS[method], num_steps=10)
-    wanted = sharding.of_opt_state(tx, jax.eval_shape(tx.init, params), shardings)
+    shapes = jax.eval_shape(tx.init, params)
+    wanted = sharding.of_opt_state(tx, shapes, params, shardings)
     state = jax.jit(tx.init, out_shardings=wanted)(params)
     leaves = jax.tree.leaves_with_path(state)
     for (path, x), expected in zip(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import build
@@ -16,7 +17,8 @@ import train
 from checkpoints import Checkpoints
 from command_line import write_json
 from config_file import parse
-from methods import METHODS
+from data_files import write_image_folders
+from methods import METHODS, hyperparameters, make_ascent
 from test_scripts import TINY, check_refusal, results
 from trainer import Trainer
 
@@ -51,7 +53,9 @@ def test_defaults_are_those_of_the_data_set_and_the_method():
         assert (sam.batch_size, sam.learning_rate) == (128, 0.05)
         assert sam.weight_decay == 1e-3
         assert sam.augment
-        assert config.default_hyperparameters(sam)["vasso"]["rho"] == rho
+        values = config.default_hyperparameters(sam, steps_per_epoch=351)
+        assert values["vasso"]["rho"] == rho
+        assert values["sparse_sam"]["refresh_every"] == 351
         sgd = parse(["--dataset", dataset, "--method", "sgd"])
         assert sgd.weight_decay == 5e-4
     imagenet = parse(["--dataset=imagenet"])
@@ -63,8 +67,8 @@ def test_defaults_are_those_of_the_data_set_and_the_method():
 
 def test_half_precision_takes_exact_slopes():
     half = parse(["--dtype", "bfloat16", "--method", "rw_sam+vasso"])
-    assert config.default_hyperparameters(half)["rw_sam"]["estimator"] == "jvp"
-    assert not config.default_hyperparameters(parse(["--method", "rw_sam"]))
+    assert config.default_hyperparameters(half, 16) == {"rw_sam": {"estimator": "jvp"}}
+    assert not config.default_hyperparameters(parse(["--method", "rw_sam"]), 16)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
@@ -121,6 +125,7 @@ def test_files_that_hold_no_settings_are_refused(tmp_path, capsys, name, text, m
 
 
 BAD_OPTIONS = {
+    "dataset": (["--dataset", "digit"], "--dataset must be one of digits, cifar10"),
     "data": (["--dataset", "cifar10"], "--dataset cifar10 needs --data-dir"),
     "no data": (["--dataset", "cifar100", "--data-dir", "no"], "no CIFAR-100 in no"),
     "folders": (["--dataset", "imagenet", "--data-dir", "nowhere"], "nowhere"),
@@ -153,11 +158,33 @@ BAD_OPTIONS = {
     "perturb": (["--perturb", "Conv"], "no parameter is in a layer 'Conv'; there are"),
     "no ascent": (
         ["--method", "sgd", "--perturb", "Conv_0"],
-        "--perturb and --implicit need an ascent, got sgd",
+        "--perturb, --implicit and --ascent-part need an ascent, got sgd",
     ),
+    "no part": (
+        ["--method", "sgd", "--ascent-part", "4"],
+        "--perturb, --implicit and --ascent-part need an ascent, got sgd",
+    ),
+    "sparsity": (
+        ["--method=sparse_sam", "--hyperparameters", "sparsity=0.9", "pattern=2:4"],
+        "the pattern 2:4 has a sparsity of 0.5, got sparsity=0.9",
+    ),
+    "switch": (
+        ["--method", "rw_sam", "--hyperparameters", "normalize=yes"],
+        "'normalize=yes' has no True or False after '='",
+    ),
+    "augment": (["--augment"], "--augment is for CIFAR: it would cut out all of a"),
+    "all": (["--train-on-all"], "--train-on-all is for CIFAR and ImageNet"),
+    "no rise": (
+        ["--epochs", "1", "--warmup-epochs", "0.99"],
+        "--warmup-epochs must leave steps of the 16 of the training, got 0.99",
+    ),
+    "noise seed": (["--noise-seed", "-1"], "--noise-seed must be from 0 to 2**32 - 1"),
+    "noise": (["--noise", "2"], "--noise must be from 0 to 1, got 2.0"),
+    "number": (["--base", "sm3"], "--base sm3 cannot be made"),
+    "state": (["--base", "lbfgs"], "--base lbfgs does not work in this training"),
     "part": (["--ascent-part", "3"], "--ascent-part must divide --batch-size 64"),
     "implicit": (["--implicit", "1"], "--implicit must be at least 0 and below 1"),
-    "warm-up": (["--warmup-epochs", "40"], "--warmup-epochs must be at least 0 and"),
+    "warm-up": (["--warmup-epochs", "40"], "--warmup-epochs must leave steps of"),
     "measure": (["--measure-every", "-1"], "--measure-every must be at least 0"),
     "checkpoints": (["--checkpoint-every", "0"], "--checkpoint-every must be at least"),
     "seed": (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
@@ -239,6 +266,7 @@ def test_the_learning_rate_warms_up_and_falls(tmp_path):
     "options",
     [
         ["--method", "base", "--base", "contrib.muon"],
+        ["--base", "rprop", "--schedule", "constant"],
         ["--method", "sam", "--base", "adamw", "--dtype", "bfloat16"],
         ["--perturb", "Conv_0", "--ascent-part", "2", "--implicit", "0.5"],
         ["--model", "resnet18", "--method", "m_sam+asam"],
@@ -248,6 +276,41 @@ def test_bases_models_and_cheaper_ascents(tmp_path, options):
     losses = run(tmp_path, *options, "--epochs", "2")["epochs"]["train_loss"]
     assert np.isfinite(losses).all()
     assert losses[1] < losses[0]
+
+
+def test_every_hyperparameter_of_a_method_is_within_reach():
+    assignments = [
+        "normalize=True",
+        "pattern=1:4",
+        "eta=0.1",
+        "fisher_estimator=probes",
+    ]
+    values = hyperparameters(["rw_sam+asam+sparse_sam"], assignments)
+    (chosen,) = values.values()
+    assert (chosen["normalize"], chosen["eta"]) == (True, 0.1)
+    assert chosen["sparsity"] == 0.75  # That of the pattern.
+    for name in METHODS:
+        make_ascent(name, hyperparameters([name])[name], num_steps=10)
+
+
+def test_metrics_of_micro_batches_are_means_over_them():
+    def measured(method, *assignments):
+        asked = parse([*PLAIN, "--method", method, "--norm", "group"])
+        dataset, values = config.load(asked), hyperparameters([method], assignments)
+        optimizer = build.Optimizer(asked, values[method], 16)
+        trainer = Trainer(
+            asked, dataset, build.make_network(asked, dataset), optimizer, 1
+        )
+        split = dataset.train
+        trainer.train(type(split)(split.images[:64][None], split.labels[:64][None]))
+        return trainer.measure()
+
+    alone, together = measured("sam", "rho=0.1"), measured("m_sam", "rho=0.1")
+    assert together["effective_sample_size"] == 16
+    assert alone["effective_sample_size"] == 64
+    assert together["clean_loss"] == pytest.approx(alone["clean_loss"], rel=0.02)
+    # A micro-batch's own gradient leads higher on its own loss.
+    assert together["gap"] > alone["gap"] > 0
 
 
 # Devices.
@@ -269,8 +332,9 @@ def test_sharing_parameters_changes_nothing_but_rounding(tmp_path):
         )
 
 
-def test_parameters_and_state_are_shared_on_request():
-    asked = parse([*PLAIN, "--method", "vasso", "--devices", "4"])
+@pytest.mark.parametrize("base", ["sgd", "adafactor"])
+def test_parameters_and_state_are_shared_on_request(base):
+    asked = parse([*PLAIN, "--method", "vasso", "--devices", "4", "--base", base])
     asked = dataclasses.replace(asked, fully_sharded=True)
     dataset = config.load(asked)
     values = {"rho": 0.1, "theta": 0.9}
@@ -320,6 +384,64 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     for name in ("epochs", "test_accuracy", "labels"):
         assert again[name] == whole[name]
     assert curves(out) == curves(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("every", [("0", "1"), ("1", "0")])
+def test_a_resumed_run_may_measure_what_it_did_not(tmp_path, every):
+    options = ["--epochs", "3", "--devices", "1", "--out", str(tmp_path)]
+    train.main([*TINY, *options, "--measure-every", every[0], "--epochs", "3"])
+    for step in Checkpoints(tmp_path / "checkpoints", 3).steps()[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    train.main([*TINY, *options, "--measure-every", every[1], "--resume"])
+    rows = curves(tmp_path)
+    assert [row["gap"] != "" for row in rows] == [e == "1" for e in (*every, every[1])]
+    assert [int(row["step"]) for row in rows] == [16, 32, 48]
+
+
+def test_ctrl_c_before_the_training_is_a_line(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load", interrupted)
+    with pytest.raises(SystemExit) as status:
+        train.main([])
+    assert status.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+# Class folders.
+
+
+def test_folders_train_and_a_damaged_image_loses_nothing(tmp_path, monkeypatch, capsys):
+    data = write_image_folders(tmp_path / "data")
+    options = ["--dataset", "imagenet", "--data-dir", str(data), "--model", "resnet8"]
+    options += ["--width", "4", "--stages", "1", "--batch-size", "4", "--epochs", "2"]
+    options += ["--devices", "1", "--measure-every", "0", "--method", "sgd"]
+    out = tmp_path / "all"
+    train.main([*options, "--train-on-all", "--out", str(out)])
+    assert [row["step"] for row in curves(out)] == ["6", "12"]
+    assert curves(out)[0]["valid_loss"] == ""
+    assert results(out)["valid_accuracy"] is None
+    assert "validation" not in capsys.readouterr().out
+
+    out = tmp_path / "held out"
+    # Calls of one step, and images of the eighth that cannot be read.
+    monkeypatch.setattr(runs, "BYTES_PER_CALL", 1)
+    next_batches, calls = runs.next_batches, []
+
+    def next_or_none(batches):
+        calls.append(None)
+        if len(calls) == 8:
+            raise SystemExit(2)
+        return next_batches(batches)
+
+    monkeypatch.setattr(runs, "next_batches", next_or_none)
+    with pytest.raises(SystemExit):
+        train.main([*options, "--out", str(out)])
+    assert Checkpoints(out / "checkpoints", 3).steps() == [5, 7]
+    train.main(["--out", str(out), "--resume"])
+    assert [row["step"] for row in curves(out)] == ["5", "10"]
+    assert 0 <= results(out)["valid_accuracy"] <= 1
 
 
 def test_a_second_signal_ends_it_at_once():

@@ -53,7 +53,7 @@ def compile_step(
     """
     shardings = jax.tree.map(lambda x: x.sharding, problem.params)
     opt_state = jax.eval_shape(tx.init, problem.params)
-    places = of_opt_state(tx, opt_state, shardings)
+    places = of_opt_state(tx, opt_state, problem.params, shardings)
     opt_state = as_shapes(opt_state, places)
 
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:

@@ -61,7 +61,9 @@ def make_rows(options: Options) -> Mapping[str, Row]:
         BASE, RHO, optax_sam.unstructured(0.5), refresh_every=1000
     )
     # In half precision differences of losses are rounding.
-    estimator = "jvp" if options.dtype == "bfloat16" else "finite_difference"
+    estimator: Literal["jvp", "finite_difference"] = (
+        "jvp" if options.dtype == "bfloat16" else "finite_difference"
+    )
     size = options.batch_size // 4
     return {
         SGD: engine(BASE),

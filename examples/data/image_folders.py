@@ -85,15 +85,15 @@ def load_image_folders(
       noise: share of the training labels to replace, see `flip_labels`.
       seed: draws which labels flip, and to what.
       image_size: side in pixels of the images as a model sees them.
-      valid_share: share of each class to hold out, in (0, 1): of ImageNet's, 12,811
-        images or so by default.
+      valid_share: share of each class to hold out, in [0, 1): of ImageNet's, 12,811
+        images or so by default. At least one image, unless it is 0.
 
     Raises:
       FileNotFoundError: if a folder is missing or empty.
       ValueError: if the classes do not match, or an argument is out of range.
     """
-    if not 0 < valid_share < 1:
-        raise ValueError(f"valid_share must be between 0 and 1, got {valid_share}.")
+    if not 0 <= valid_share < 1:
+        raise ValueError(f"valid_share must be from 0 to below 1, got {valid_share}.")
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
     train_dir, test_dir = (Path(data_dir) / name for name in ("train", "val"))
@@ -159,12 +159,12 @@ def _read_folder(
 
 
 def _hold_out(folder: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
-    """A share of each class, at least one image, and the rest."""
+    """A share of each class, at least one image unless it is 0, and the rest."""
     rng = np.random.default_rng(VALID_SEED)
     held_out = np.zeros(len(folder), bool)
     for label in np.unique(folder.labels):
         members = np.flatnonzero(folder.labels == label)
-        count = max(1, round(share * len(members)))
+        count = max(1, round(share * len(members))) if share else 0
         if count >= len(members):
             raise ValueError(
                 f"{folder.directory / folder.files[members[0]]} is in a class of "
