@@ -23,7 +23,8 @@ class AscentMetrics(NamedTuple):
       perturbation_norm: :math:`\|\varepsilon\|`.
       mask_density: The share of all parameters that masks let through, in [0, 1].
       effective_sample_size: :math:`1 / \sum_i p_i^2` of RW-SAM's weights, otherwise the
-        number of examples whose gradient the ascent reads.
+        number of examples whose gradient the ascent reads; NaN where the loss is one
+        number and the batch does not say how many there are.
     """
 
     clean_loss: jax.Array
@@ -177,4 +178,7 @@ def _effective_sample_size(step: Ascent, args: tuple[Any, ...]) -> Any:
             return node.effective_sample_size
     if step.losses.ndim:
         return float(step.losses.size)
-    return float(_examples.count("ascent_metrics", args[0] if args else ()))
+    try:
+        return float(_examples.count("ascent_metrics", args[0] if args else ()))
+    except ValueError:  # A loss of one number may be of anything.
+        return float("nan")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _examples, _tree, _vector
+from optax_sam import _examples, _loop, _tree, _vector
 from optax_sam._ascent_step import ascent_step
 
 
@@ -109,10 +109,11 @@ def ascent_stability(
 
     first = jax.tree.map(lambda x: x[0], batches)
     present = jax.eval_shape(direction, first)
-    zeros = _vector.zeros_like(_tree.map_present(lambda _, p: p, present, params))
+    moved = _tree.map_present(lambda _, p: p, present, params)
+    zeros = _loop.compiled(lambda: _vector.zeros_like(moved))()
     zero = jnp.zeros_like(_vector.dot(zeros, zeros))
     carry = zero, zeros, zeros, zero
-    (_, mean, units, squares), (norms, ones) = jax.lax.scan(add, carry, batches)
+    (_, mean, units, squares), (norms, ones) = _loop.scan(add)(carry, batches)
     variance, square = squares / (k - 1), _vector.dot(mean, mean)
     # 0 / 1 where nothing moves; infinite where only the mean vanishes.
     relative = variance / jnp.where((square == 0) & (variance == 0), 1, square)

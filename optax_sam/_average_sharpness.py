@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _vector
+from optax_sam import _loop, _vector
 from optax_sam._ball import displacement, random_unit
 from optax_sam._estimate import Estimate, estimate
 from optax_sam._hessian import LossFn
@@ -73,12 +73,12 @@ def average_sharpness(
     displace = displacement(owner, params, rho, adaptive, eta)
     seed = as_key(owner, key)
     losses = _vector.losses_function(loss_fn, params, batch)
-    clean = losses(_vector.widen(params))
+    clean = _loop.compiled(lambda: losses(_vector.widen(params)))()
 
     def rise(i: jax.Array) -> jax.Array:
         u = random_unit(jax.random.fold_in(seed, i // 2), params)
         opposite = _vector.scale(u, 1 - 2 * (i % 2))
         return jnp.mean(losses(displace(opposite)) - clean)
 
-    rises = jax.lax.map(rise, jnp.arange(2 * num_samples))
+    rises = _loop.over(rise, jnp.arange(2 * num_samples))
     return estimate(jnp.mean(rises.reshape(num_samples, 2), axis=1))

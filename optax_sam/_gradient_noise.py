@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _examples, _protocol, _vector
+from optax_sam import _examples, _loop, _protocol, _vector
 from optax_sam._hessian import LossFn
 from optax_sam._hyperparameter import check_integer
 
@@ -85,16 +85,17 @@ def gradient_covariance_trace(
         total = count + size
         squares += _vector.dot(rest, rest)
         squares += _vector.dot(change, change) * (count * size / total)
-        return (total, _vector.add(mean, change, size / total), squares), None
+        return (total, _vector.add(mean, change, size / total), squares), ()
 
-    zeros = _vector.zeros_like(params)
+    step = _loop.scan(add)
+    zeros = _loop.compiled(lambda: _vector.zeros_like(params))()
     zero = jnp.zeros_like(_vector.dot(zeros, zeros))
     carry = zero, zeros, zero
     chunks, rest = _chunks(batch, n, chunk_size)
     if chunks is not None:
-        carry, _ = jax.lax.scan(add, carry, chunks)
+        carry, _ = step(carry, chunks)
     if rest is not None:
-        carry, _ = add(carry, rest)
+        carry, _ = _loop.compiled(add)(carry, rest)
     return carry[2] / (n - 1)
 
 

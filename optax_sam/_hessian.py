@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _protocol, _vector
+from optax_sam import _loop, _protocol, _tree, _vector
 from optax_sam._estimate import Estimate, estimate
 from optax_sam._hyperparameter import as_key, check_integer
 
@@ -54,8 +54,9 @@ def hessian_vector_product(
     gradient = gradient_function(loss_fn, params, batch)
     remedy = "Pass a direction in the space of params."
     _protocol.check_like("vector", vector, params, remedy)
-    tangent = _vector.widen(vector)
-    product: chex.ArrayTree = jax.jvp(gradient, (_vector.widen(params),), (tangent,))[1]
+    at = _vector.widen(params)
+    tangent = _tree.cast_like(vector, at)
+    product: chex.ArrayTree = jax.jvp(gradient, (at,), (tangent,))[1]
     return product
 
 
@@ -113,7 +114,7 @@ def hessian_trace(
         z = _vector.draw(jax.random.rademacher, jax.random.fold_in(seed, i), params)
         return _vector.dot(z, product(z))
 
-    return estimate(jax.lax.map(probe, jnp.arange(num_probes)))
+    return estimate(_loop.over(probe, jnp.arange(num_probes)))
 
 
 def gradient_function(loss_fn: LossFn, params: optax.Params, batch: Any) -> Product:
@@ -124,11 +125,20 @@ def gradient_function(loss_fn: LossFn, params: optax.Params, batch: Any) -> Prod
 
 
 def hessian(loss_fn: LossFn, params: optax.Params, batch: Any) -> Product:
-    """The product with the Hessian at `params`, to be taken many times.
+    """The product with the Hessian at `params`, to be taken many times in a loop.
 
-    What does not depend on the vector is computed once and kept: about as much as a
-    gradient keeps until its backward pass, and half of the time of each product.
+    While that is traced, what does not depend on the vector is computed once, before
+    the loop, and kept: a quarter of the time of each product, for the memory of about
+    one more backward pass.
     """
-    gradient = gradient_function(loss_fn, params, batch)
-    product: Product = jax.linearize(gradient, _vector.widen(params))[1]
+    gradient, at = gradient_function(loss_fn, params, batch), _vector.widen(params)
+    product: Product
+    if _loop.is_traced():
+        product = jax.linearize(gradient, at)[1]
+    else:
+
+        def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+            tangent: chex.ArrayTree = jax.jvp(gradient, (at,), (vector,))[1]
+            return tangent
+
     return product

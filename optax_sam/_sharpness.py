@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _examples, _vector
+from optax_sam import _examples, _loop, _vector
 from optax_sam._ball import displacement, random_unit
 from optax_sam._estimate import check_number
 from optax_sam._hessian import LossFn
@@ -106,65 +106,88 @@ def worst_case_sharpness(
     displace = displacement(owner, params, rho, adaptive, eta)
     seed = None if key is None else as_key(owner, key)
 
-    def of(batch: Any) -> jax.Array:
-        losses = _vector.losses_function(loss_fn, params, batch)
-        return _ascend(losses, displace, params, steps, step_size, seed)
+    def losses(wide: chex.ArrayTree, part: Any) -> jax.Array:
+        examples = batch if micro_batch_size is None else part
+        return _vector.losses_function(loss_fn, params, examples)(wide)
 
+    ascend = _ascent(losses, displace, params, steps, step_size, seed)
     if micro_batch_size is None:
-        return of(batch)
+        return ascend(())
     size, at_once = micro_batch_size, micro_batches_at_once
-    return jnp.mean(_map(of, _micro_batches(owner, batch, size, at_once)))
+    return jnp.mean(_map(ascend, _micro_batches(owner, batch, size, at_once)))
 
 
-def _ascend(
-    losses: Callable[[chex.ArrayTree], jax.Array],
+def _ascent(
+    losses: Callable[[chex.ArrayTree, Any], jax.Array],
     displace: Callable[[chex.ArrayTree], chex.ArrayTree],
     params: optax.Params,
     steps: int,
     step_size: Any,
-    key: jax.Array | None,
-) -> jax.Array:
-    """The largest rise of the loss on ascents within the unit ball."""
-    clean = losses(_vector.widen(params))
-    step_size = jnp.asarray(step_size, clean.dtype)
+    key: Any,
+) -> Callable[[Any], jax.Array]:
+    """The largest rise of the loss on ascents in the unit ball, as a function of data.
 
-    def rise(u: chex.ArrayTree) -> jax.Array:
-        return jnp.mean(losses(displace(u)) - clean)
+    The data are what the losses depend on beside the parameters, a tree of arrays.
+    """
+
+    @_loop.compiled
+    def clean_losses(data: Any) -> jax.Array:
+        return losses(_vector.widen(params), data)
+
+    def rise(u: chex.ArrayTree, fixed: Any) -> jax.Array:
+        data, clean = fixed
+        return jnp.mean(losses(displace(u), data) - clean)
 
     def next_point(u: chex.ArrayTree, slope: chex.ArrayTree, length: Any) -> Any:
         u = _vector.add(u, _vector.unit(slope), length)
         return _vector.scale(u, 1 / jnp.maximum(_vector.norm(u), 1))
 
-    def step(carry: Any, _: None) -> Any:
-        u, slope, best, length = carry
+    def step(carry: Any, _: jax.Array) -> Any:
+        u, slope, best, length, fixed = carry
         new = next_point(u, slope, length)
-        found, new_slope = jax.value_and_grad(rise)(new)
-        higher = ~(found <= best)  # NaN counts, and is not left any more.
+        found, new_slope = jax.value_and_grad(rise)(new, fixed)
+        higher = ~(found <= best) & ~jnp.isnan(best)  # NaN counts, and is not left.
         u, slope, best = jax.tree.map(
             lambda a, b: jnp.where(higher, a, b),
             (new, new_slope, found),
             (u, slope, best),
         )
-        length = jnp.minimum(length, step_size) * jnp.where(higher, 1, 0.5)
-        return (u, slope, best, length.astype(step_size.dtype)), None
+        shorter = jnp.minimum(length, step_size) * jnp.where(higher, 1, 0.5)
+        return (u, slope, best, shorter.astype(length.dtype), fixed), ()
 
-    def ascend(u: chex.ArrayTree, slope: chex.ArrayTree, best: jax.Array) -> Any:
-        # From the centre to SAM's point.
-        carry = u, slope, best, zero + jnp.maximum(step_size, 1)
-        if steps > 1:
-            carry, _ = jax.lax.scan(step, carry, length=steps - 1)
-        u, slope, best, length = carry
-        return jnp.maximum(best, rise(next_point(u, slope, length)))
+    @_loop.compiled
+    def last(carry: Any) -> jax.Array:
+        u, slope, best, length, fixed = carry
+        return jnp.maximum(best, rise(next_point(u, slope, length), fixed))
 
-    # Zero, of the micro-batch: vmap on a mesh of explicit axes needs to know whose.
-    zero = jnp.minimum(jnp.abs(jnp.mean(clean)), 0)
-    centre = _vector.zeros_like(params)
-    best = ascend(centre, jax.grad(rise)(centre), zero)
-    if key is None:
-        return best
-    u = random_unit(key, params)
-    found, slope = jax.value_and_grad(rise)(u)
-    return jnp.maximum(best, ascend(u, slope, found))
+    @_loop.compiled
+    def centre() -> chex.ArrayTree:
+        return _vector.zeros_like(params)
+
+    begin, scan = _loop.compiled(jax.value_and_grad(rise)), _loop.scan(step)
+    random_start = _loop.compiled(lambda: random_unit(key, params))
+
+    def ascend(data: Any) -> jax.Array:
+        clean = clean_losses(data)
+        # Zero, of these data: vmap on a mesh of explicit axes needs to know whose.
+        zero = jnp.minimum(jnp.abs(jnp.mean(clean)), 0)
+
+        def from_start(u: chex.ArrayTree, best: jax.Array | None) -> jax.Array:
+            found, slope = begin(u, (data, clean))
+            # From the centre, of no height, the first step leads to SAM's point.
+            length = zero + jnp.maximum(jnp.asarray(step_size, zero.dtype), 1)
+            carry = u, slope, found if best is None else best, length, (data, clean)
+            if steps > 1:
+                carry, _ = scan(carry, jnp.arange(steps - 1))
+            highest: jax.Array = last(carry)
+            return highest
+
+        best = from_start(centre(), zero)
+        return (
+            best if key is None else jnp.maximum(best, from_start(random_start(), None))
+        )
+
+    return ascend
 
 
 def _micro_batches(owner: str, batch: Any, size: Any, at_once: Any) -> Any:
@@ -198,5 +221,5 @@ def _map(fn: Callable[[Any], jax.Array], micro_batches: Any) -> jax.Array:
             return fn(jax.tree.map(lambda x: x[0], round_))[None]
         return jax.vmap(fn)(round_)
 
-    values: jax.Array = jax.lax.map(over_round, micro_batches)
+    values: jax.Array = _loop.over_loops(over_round, micro_batches)
     return values

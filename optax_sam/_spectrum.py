@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _lanczos, _vector
+from optax_sam import _lanczos, _loop, _vector
 from optax_sam._estimate import check_number
 from optax_sam._hessian import LossFn, hessian
 from optax_sam._hyperparameter import as_key, check_integer
@@ -107,10 +107,12 @@ def top_eigenvalues(
             f"{iterations} iterations find for {_vector.size(params)} parameters; ask "
             "for fewer, or raise iterations."
         )
-    start_key, restart_key = jax.random.split(as_key(owner, key))
-    product = hessian(loss_fn, params, batch)
-    start = _vector.unit(_vector.draw(jax.random.normal, start_key, params))
-    space = _lanczos.decompose(product, start, most, restart_key)
+    seed = as_key(owner, key)
+    decompose = _lanczos.process(hessian(loss_fn, params, batch), most)
+    start = _loop.compiled(
+        lambda key: _vector.unit(_vector.draw(jax.random.normal, key, params))
+    )
+    space = decompose(start(seed))
     values, vectors = _lanczos.eigenpairs(space.diagonal, space.off_diagonal)
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     return Eigenpairs(
@@ -157,7 +159,7 @@ def spectral_density(
 
     Raises:
       TypeError: If `iterations` or `num_probes` is no integer or `key` no key.
-      ValueError: If one of them is less than 1.
+      ValueError: If one of them is less than 1, or there are no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -177,16 +179,23 @@ def spectral_density(
     iterations = check_integer(owner, "iterations", iterations, low=1, static=True)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
     seed = as_key(owner, key)
-    product = hessian(loss_fn, params, batch)
     m = min(iterations, _vector.size(params))
+    if not m:
+        raise ValueError(
+            f"{owner}: a Hessian of no parameters has no spectrum, got {params!r}; "
+            "pass the parameters of the model."
+        )
+    decompose = _lanczos.process(hessian(loss_fn, params, batch), m)
+    start = _loop.compiled(
+        lambda key: _vector.unit(_vector.draw(jax.random.rademacher, key, params))
+    )
 
     def probe(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start_key, restart_key = jax.random.split(jax.random.fold_in(seed, i))
-        signs = _vector.draw(jax.random.rademacher, start_key, params)
-        space = _lanczos.decompose(product, _vector.unit(signs), m, restart_key)
+        space = decompose(start(jax.random.fold_in(seed, i)))
         return space.diagonal, space.off_diagonal
 
-    nodes, vectors = _lanczos.eigenpairs(*jax.lax.map(probe, jnp.arange(num_probes)))
+    matrices = _loop.over_loops(probe, jnp.arange(num_probes))
+    nodes, vectors = _lanczos.eigenpairs(*matrices)
     return SpectralDensity(nodes, jnp.square(vectors[:, 0]))
 
 

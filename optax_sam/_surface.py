@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import _protocol, _vector
+from optax_sam import _loop, _protocol, _vector
 from optax_sam._hessian import LossFn
 from optax_sam._hyperparameter import as_key, check_integer
 
@@ -87,7 +87,7 @@ def loss_surface(
 
     shape = tuple(len(x) for x in reversed(steps))
     grid = tuple(x.reshape(-1) for x in jnp.meshgrid(*steps))
-    surface: jax.Array = jax.lax.map(at, grid).reshape(shape)
+    surface: jax.Array = _loop.over(at, grid).reshape(shape)
     return surface
 
 
@@ -145,8 +145,9 @@ def filter_normalized_directions(
     seed = as_key(owner, key)
     _protocol.check_parameters(params)
     found: list[chex.ArrayTree] = []
+    draw = _loop.compiled(lambda key: _vector.draw(jax.random.normal, key, params))
     for i in range(count):
-        drawn = _vector.draw(jax.random.normal, jax.random.fold_in(seed, i), params)
+        drawn = draw(jax.random.fold_in(seed, i))
         others = tuple(found) if orthogonal else ()
         found.append(jax.tree.map(_normalise, drawn, _vector.widen(params), *others))
     return tuple(found)

@@ -243,3 +243,11 @@ def test_the_module_is_an_attribute_of_the_package():
     assert optax_sam.diagnostics is diagnostics
     for name in diagnostics.__all__:
         assert getattr(diagnostics, name).__doc__
+
+
+def test_a_loss_of_one_number_may_be_of_anything():
+    ascent = optax_sam.scale_to_radius(0.5)
+    measure = diagnostics.ascent_metrics(lambda w, _: jnp.sum(w**2), ascent)
+    metrics = measure(jnp.ones(4), ascent.init(jnp.ones(4)), None)
+    assert metrics.clean_loss == 4
+    assert jnp.isnan(metrics.effective_sample_size)

@@ -141,12 +141,10 @@ def test_a_krylov_space_lies_like_the_parameters(kind):
     @jax.jit
     def basis(params):
         start = jax.tree.map(jnp.sin, params)
-        return _lanczos.decompose(
-            lambda v: jax.tree.map(jnp.multiply, v, params),
-            start,
-            ITERATIONS,
-            jax.random.key(0),
-        ).basis
+        decompose = _lanczos.process(
+            lambda v: jax.tree.map(jnp.multiply, v, params), ITERATIONS
+        )
+        return decompose(start).basis
 
     over = params["w"].sharding.mesh
     with jax.set_mesh(over):

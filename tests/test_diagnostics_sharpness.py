@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from test_diagnostics_curvature import SPECTRA, D, loss_fn, problem
 
 import optax_sam
-from optax_sam import diagnostics
+from optax_sam import _loop, diagnostics
 
 NETWORK = problems.perceptron(sizes=(4, 5, 3))
 
@@ -324,3 +324,55 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
                 assert np.abs(products["conv"]).min() > 1e-3
     again = diagnostics.filter_normalized_directions(params, key=0, count=1)
     problems.assert_trees_close(again[0], directions[0], rtol=1e-6)
+
+
+def test_outside_of_jit_results_are_the_same():
+    """There every step is a program, which is compiled once and traced as often."""
+    traced = []
+
+    def counted(params, batch):
+        traced.append(batch)
+        return NETWORK.loss_fn(params, batch)
+
+    # Of NumPy, which is not to be traced, nor to go to a device each time.
+    at = counted, NETWORK.params, jax.tree.map(np.asarray, NETWORK.batch)
+    measures = {
+        "eigenvalues": lambda *at: (
+            diagnostics.top_eigenvalues(*at, iterations=6, key=0).values
+        ),
+        "density": lambda *at: diagnostics.spectral_density(
+            *at, iterations=3, num_probes=2, key=0
+        ),
+        "worst": lambda *at: diagnostics.worst_case_sharpness(
+            *at, rho=0.3, steps=9, micro_batch_size=4, key=0
+        ),
+        "average": lambda *at: diagnostics.average_sharpness(
+            *at, rho=0.3, num_samples=3, key=0
+        ),
+    }
+    for name, measure in measures.items():
+        traced.clear()
+        found = measure(*at)
+        assert 0 < len(traced) < 8, name
+        expected = jax.jit(partial(measure, NETWORK.loss_fn))(*at[1:])
+        problems.assert_trees_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_outside_of_jit_a_step_is_compiled_for_each_kind_of_argument():
+    step = _loop.compiled(lambda tree: sum(jnp.mean(x) for x in jax.tree.leaves(tree)))
+    assert step({"a": jnp.ones(3)}) == 1
+    assert step({"a": 2 * jnp.ones(6), "b": jnp.ones(2)}) == 3
+    assert step([jnp.ones(3, jnp.int32)]) == 1
+    found = _loop.over(lambda x: 2 * x, jnp.zeros(0))
+    assert found.shape == (0,)
+
+
+def test_a_loss_that_is_not_finite_on_the_way_is_never_left():
+    def loss_fn(p, batch):
+        return -jnp.square(p - 0.3) + jnp.where(p > 0.9, jnp.nan, 0.0)
+
+    for steps in (1, 3, 6):
+        worst = diagnostics.worst_case_sharpness(
+            loss_fn, jnp.zeros([]), (), rho=1.0, steps=steps, step_size=0.5
+        )
+        assert jnp.isnan(worst)
