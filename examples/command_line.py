@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -67,11 +67,8 @@ def check_training(options: Any, num_examples: int) -> None:
     for name in ("epochs", "width", "batch_size"):
         value, flag = getattr(options, name), name.replace("_", "-")
         require(value is None or value >= 1, f"--{flag} must be at least 1", value)
-    require(
-        options.stages is None or min(options.stages, default=0) >= 1,
-        "--stages must be numbers of blocks, each at least 1, such as 1 1 1",
-        " ".join(map(str, options.stages or ())) or "none",
-    )
+    if options.stages is not None:
+        check_stages("stages", options.stages)
     require(
         options.norm != "group" or (options.width or 4) % 4 == 0,
         "--width must be a multiple of 4 for groups of channels",
@@ -96,6 +93,15 @@ def check_training(options: Any, num_examples: int) -> None:
         0 <= options.dropout < 1,
         "--dropout must be at least 0 and below 1",
         options.dropout,
+    )
+
+
+def check_stages(name: str, stages: Sequence[int]) -> None:
+    """Raises a ValueError unless these are numbers of blocks."""
+    require(
+        min(stages, default=0) >= 1,
+        f"--{name} must be numbers of blocks, each at least 1, such as 1 1 1",
+        " ".join(map(str, stages)) or "none",
     )
 
 

@@ -155,7 +155,7 @@ def plot_loss_surfaces(
     middle = len(steps) // 2
     above = {name: s - s[middle, middle] for name, s in surfaces.items()}
     highest = max(float(surface.max()) for surface in above.values())
-    levels = levels[: np.searchsorted(levels, highest) + 1]
+    levels = levels[: max(2, np.searchsorted(levels, highest) + 1)]
     panels = figure.subplots(1, len(surfaces), sharex=True, sharey=True, squeeze=False)
     for axes, (name, surface) in zip(panels[0], above.items(), strict=True):
         # Nothing is below the lowest level, where it would be left blank.

@@ -123,10 +123,20 @@ def test_finite_difference_refuses_a_width_without_groups(capsys):
     assert capsys.readouterr().err == error
 
 
-def test_step_cost_refuses_no_rounds(capsys):
+@pytest.mark.parametrize(
+    ("main", "option", "message"),
+    [
+        (step_cost.main, "--rounds", "--rounds must be at least 1, got 0."),
+        (step_cost.main, "--stage-sizes", "--stage-sizes must be numbers of blocks"),
+        (throughput.main, "--steps", "--steps must be at least 1, got 0."),
+    ],
+)
+def test_steps_are_refused_in_one_line(main, option, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        step_cost.main(["--rounds", "0"])
-    assert capsys.readouterr().err == "error: --rounds must be at least 1, got 0.\n"
+        main([option, "0"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def test_it_writes_and_prints_every_row(tmp_path, capsys):
     [
         (["--threads=0"], "--threads must be at least 1, got 0."),
         (["--num-files=0"], "--num-files must be at least 1, got 0."),
+        (
+            ["--stages", "1", "0"],
+            "--stages must be numbers of blocks, each at least 1, such as 1 1 1, got "
+            "1 0.",
+        ),
     ],
 )
 def test_says_in_one_line_what_is_wrong(options, message, capsys):

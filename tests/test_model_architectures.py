@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models import pyramidnet, vgg, vit, wide_resnet
+from models import make, pyramidnet, vgg, vit, wide_resnet
 
 # What compiles takes longer than what runs.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -80,7 +80,7 @@ def shapes_of(model, size, names):
 
 def test_stages_have_the_published_shapes():
     names = ("stem", "block_0", "block_3", "block_4", "block_8", "norm")
-    assert shapes_of(wide_resnet.wrn28_10(num_classes=10), 32, names) == [
+    assert shapes_of(make("wrn28_10", 10, image_size=32), 32, names) == [
         (32, 32, 16),
         (32, 32, 160),
         (32, 32, 160),
@@ -89,7 +89,7 @@ def test_stages_have_the_published_shapes():
         (8, 8, 640),
     ]
     names = ("stem", "block_0", "block_17", "block_18", "block_36", "block_53")
-    assert shapes_of(pyramidnet.pyramidnet110(num_classes=10), 32, names) == [
+    assert shapes_of(make("pyramidnet110", 10, image_size=32), 32, names) == [
         (32, 32, 16),
         (32, 32, 21),
         (32, 32, 106),
@@ -98,7 +98,7 @@ def test_stages_have_the_published_shapes():
         (8, 8, 286),
     ]
     names = ("layer_0", "layer_1", "layer_3", "layer_5", "layer_7", "hidden_1")
-    assert shapes_of(vgg.vgg11_bn(num_classes=10), 32, names) == [
+    assert shapes_of(make("vgg11_bn", 10, image_size=32), 32, names) == [
         (32, 32, 64),
         (16, 16, 128),
         (8, 8, 256),
@@ -106,7 +106,7 @@ def test_stages_have_the_published_shapes():
         (2, 2, 512),
         (4096,),
     ]
-    small = vit.vit_s(num_classes=10, patch_size=4)
+    small = make("vit_s", 10, image_size=32)
     assert shapes_of(small, 32, ("layer_0", "head")) == [(65, 384), (10,)]
 
 

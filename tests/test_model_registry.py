@@ -6,7 +6,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import pytest
-from models import MODELS, make, pyramidnet, vgg, wide_resnet
+from models import MODELS, make, vgg
 from models.resnet import ResNet
 
 # (name, classes, image size): those of the published networks, batch normalisation's
@@ -52,7 +52,7 @@ def test_models_have_the_published_number_of_parameters(network):
 
 
 def test_vgg_without_hidden_layers_has_the_number_of_other_code():
-    model = vgg.vgg11_bn(num_classes=10, hidden=())
+    model = vgg.VGG((1, 1, 2, 2, 2), num_classes=10, hidden=())
     assert count(variables_of(model, 32)["params"]) == 9_231_114
 
 
@@ -173,23 +173,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(changes, message):
     assert str(error.value).endswith(".")
 
 
-@pytest.mark.parametrize(
-    ("stage_sizes", "good", "blocks", "bad", "remedy"),
-    [
-        (wide_resnet.stage_sizes, 40, 6, 30, "choose for example 28"),
-        (wide_resnet.stage_sizes, 10, 1, 4, "choose for example 10"),
-        (pyramidnet.stage_sizes, 272, 45, 109, "choose for example 104"),
-        (pyramidnet.stage_sizes, 8, 1, 2, "choose for example 8"),
-    ],
-)
-def test_depths_are_those_that_blocks_add_up_to(stage_sizes, good, blocks, bad, remedy):
-    assert stage_sizes(good) == (blocks,) * 3
-    with pytest.raises(ValueError, match=remedy):
-        stage_sizes(bad)
-
-
 def test_models_refuse_images_that_do_not_fit():
     with pytest.raises(ValueError, match="needs at least 32 pixels a side, got 16"):
-        variables_of(vgg.vgg11_bn(num_classes=2), 16)
+        variables_of(vgg.VGG((1, 1, 2, 2, 2), num_classes=2), 16)
     with pytest.raises(ValueError, match="patches of 4 pixels"):
         variables_of(make("vit_ti", 2, image_size=8), 10)

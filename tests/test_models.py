@@ -12,9 +12,6 @@ from models.resnet import (
     BottleneckBlock,
     ResNet,
     group_norm,
-    resnet8,
-    resnet18,
-    resnet50,
 )
 
 
@@ -28,12 +25,12 @@ def count(tree):
 
 
 def test_resnet18_has_the_published_number_of_parameters():
-    variables = init_shapes(resnet18(num_classes=10), (1, 32, 32, 3))
+    variables = init_shapes(ResNet((2, 2, 2, 2), num_classes=10), (1, 32, 32, 3))
     assert count(variables["params"]) == 11_173_962
 
 
 def test_digits_resnet_is_small_and_returns_logits():
-    model = resnet8(num_classes=7)
+    model = ResNet((1, 1, 1), num_classes=7, width=16)
     variables = init_shapes(model, (1, 8, 8, 1))
     assert count(variables["params"]) < 100_000
     logits = jax.eval_shape(
@@ -61,7 +58,7 @@ def test_every_stage_but_the_first_halves_the_image_and_doubles_the_width():
 
 
 def test_the_stem_for_imagenet_leaves_a_quarter_and_bottlenecks_widen_four_times():
-    model = resnet50(num_classes=10, stem="imagenet")
+    model = ResNet((3, 4, 6, 3), num_classes=10, block=BottleneckBlock, stem="imagenet")
 
     def run():
         return model.init_with_output(

@@ -9,6 +9,7 @@ import pytest
 from compare import compare
 from data import load_digits
 from example_weights import WeightsOverTime, make_weigh, prepared
+from figures import plot_loss_surfaces
 from methods import hyperparameters, make_tx
 from test_scripts import TINY, check_refusal
 from training import TrainState, make_loss_fn, make_model
@@ -73,6 +74,12 @@ def test_weights_are_those_of_the_method(trained):
     norms = np.sqrt(sum(jax.tree.leaves(squares)))
     assert np.corrcoef(np.log(weights), norms)[0, 1] > 0.8
     assert isinstance(state, TrainState)
+
+
+def test_a_surface_may_be_flat(tmp_path):
+    steps = np.linspace(-1, 1, 3)
+    plot_loss_surfaces({"SGD": np.ones((3, 3))}, steps, "Flat", tmp_path / "flat.png")
+    assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
 
 
 BAD_OPTIONS = {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import run as runs
 import train
+import trainer
 from checkpoints import Checkpoints
 from command_line import write_json
 from config_file import parse
@@ -417,6 +418,7 @@ def test_folders_train_and_a_damaged_image_loses_nothing(tmp_path, monkeypatch, 
     options = ["--dataset", "imagenet", "--data-dir", str(data), "--model", "resnet8"]
     options += ["--width", "4", "--stages", "1", "--batch-size", "4", "--epochs", "2"]
     options += ["--devices", "1", "--measure-every", "0", "--method", "sgd"]
+    monkeypatch.setattr(trainer, "EVALUATION_BATCH", 4)
     out = tmp_path / "all"
     train.main([*options, "--train-on-all", "--out", str(out)])
     assert [row["step"] for row in curves(out)] == ["6", "12"]

@@ -22,7 +22,7 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models
-from command_line import one_line_errors
+from command_line import check_stages, one_line_errors
 from data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -103,6 +103,7 @@ def check(options: Options) -> None:
     """Raises a ValueError if an option is out of range."""
     counts = (f.name for f in dataclasses.fields(options) if f.type is int)
     measure.check(options, *counts, *["threads"] * (options.threads is not None))
+    check_stages("stages", options.stages)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command_line import require, versions, write_json
+from command_line import check_stages, require, versions, write_json
 from data import Split
 from models.resnet import ResNet
 from rich.console import Console
@@ -80,6 +80,7 @@ def check(options: Any, *names: str) -> None:
 def make_problem(options: Options) -> Problem:
     """Builds the network and the batch, the same in every run."""
     check(options, "width", "batch_size", "image_size", "rounds")
+    check_stages("stage-sizes", options.stage_sizes)
     model = ResNet(options.stage_sizes, num_classes=10, width=options.width)
     rng = np.random.default_rng(0)
     shape = (options.batch_size, options.image_size, options.image_size, 3)
@@ -184,14 +185,22 @@ def in_turns(
     return seconds
 
 
-def stepping(compiled: Compiled, batch: Split) -> Callable[[], float]:
-    """A function that takes the next step and returns its seconds."""
+def stepping(compiled: Compiled, batch: Split, steps: int = 1) -> Callable[[], float]:
+    """A function that takes the next steps and returns the seconds of one.
+
+    Of several, each is handed over while those before it run, as in a training.
+    """
     state = compiled.init()
+
+    def take(state: TrainState) -> TrainState:
+        for _ in range(steps):
+            state = compiled.step(state, batch)
+        return state
 
     def turn() -> float:
         nonlocal state
-        state, seconds = timed(compiled.step, state, batch)
-        return seconds
+        state, seconds = timed(take, state)
+        return seconds / steps
 
     return turn
 

@@ -42,6 +42,8 @@ class Options(measure.Options):
     """Images of a step."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the computation."""
+    steps: int = 10
+    """Steps that each row takes in a round, none of which waits for the one before."""
 
 
 def static(*layers: str) -> Row:
@@ -82,6 +84,7 @@ def make_rows(options: Options) -> Mapping[str, Row]:
 
 def make_problem(options: Options) -> Problem:
     """The network in the type that is asked for, and a batch of noise."""
+    measure.check(options, "steps")
     require(
         options.batch_size % 4 == 0,
         "--batch-size must be a multiple of 4, for m-SAM's micro-batches",
@@ -103,7 +106,8 @@ def main(args: Sequence[str] | None = None) -> None:
         for name, row in track(make_rows(options).items(), "compiling")
     }
     turns = {
-        name: measure.stepping(step, problem.batch) for name, step in compiled.items()
+        name: measure.stepping(step, problem.batch, options.steps)
+        for name, step in compiled.items()
     }
     seconds = measure.in_turns(turns, options.rounds, warm_up=3)
     rows = {

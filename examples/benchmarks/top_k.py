@@ -20,7 +20,7 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from command_line import one_line_errors
-from models.resnet import resnet18
+from models.resnet import ResNet
 
 from benchmarks import measure
 
@@ -67,7 +67,7 @@ PATTERNS: Mapping[str, Pattern] = {
 
 def make_scores(width: int) -> dict[str, chex.ArrayTree]:
     """Squares of normal variables in the shapes of ResNet-18; with and without ties."""
-    model = resnet18(num_classes=10, width=width)
+    model = ResNet((2, 2, 2, 2), num_classes=10, width=width)
     images = jnp.zeros([1, 32, 32, 3])
     init = partial(model.init, jax.random.key(0), images, train=False)
     shapes = jax.eval_shape(init)["params"]

@@ -105,25 +105,3 @@ class PyramidNet(nn.Module):
         head = self.dense(self.num_classes, dtype=self.dtype, name="head")
         logits: jax.Array = head(x)
         return logits.astype(jnp.float32)
-
-
-def stage_sizes(depth: int) -> tuple[int, int, int]:
-    """Basic blocks in each of the three stages of a network of a published depth.
-
-    Args:
-      depth: layers with weights on the longest way through, 6 n + 2.
-
-    Raises:
-      ValueError: if no number of blocks gives this depth.
-    """
-    blocks, rest = divmod(depth - 2, 6)
-    if blocks < 1 or rest:
-        raise ValueError(
-            f"the depth of a PyramidNet must be 6 n + 2 for a whole n of at least 1, "
-            f"got {depth}; choose for example {max(8, 6 * blocks + 2)}."
-        )
-    return blocks, blocks, blocks
-
-
-# 28,485,477 parameters at 10 classes; the paper's table says 28.3 million.
-pyramidnet110 = partial(PyramidNet, stage_sizes(110), alpha=270)

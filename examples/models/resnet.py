@@ -39,12 +39,6 @@ __all__ = [
     "convolution",
     "group_norm",
     "he_normal",
-    "resnet8",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
 ]
 
 
@@ -198,15 +192,3 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         return x
-
-
-# Parameters at 10 classes with the CIFAR stem, and at 1,000 with the ImageNet one:
-resnet18 = partial(ResNet, (2, 2, 2, 2))  # 11,173,962 and 11,689,512
-resnet34 = partial(ResNet, (3, 4, 6, 3))  # 21,282,122 and 21,797,672
-# 23,520,842 and 25,557,032; 42,512,970 and 44,549,160; 58,156,618 and 60,192,808
-resnet50 = partial(ResNet, (3, 4, 6, 3), block=BottleneckBlock)
-resnet101 = partial(ResNet, (3, 4, 23, 3), block=BottleneckBlock)
-resnet152 = partial(ResNet, (3, 8, 36, 3), block=BottleneckBlock)
-
-# One block in each of three stages, for the 8x8 digits: trains in seconds.
-resnet8 = partial(ResNet, (1, 1, 1), width=16)

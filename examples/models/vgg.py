@@ -121,11 +121,3 @@ def check_size(image_size: int, num_stages: int) -> None:
             f"needs at least {2**num_stages} pixels a side, got {image_size}; choose "
             f"at most {max(1, image_size.bit_length() - 1)} stages."
         )
-
-
-# Configurations A, B, D and E. At 10 classes and 32 pixels vgg11_bn has 28,149,514
-# parameters, 9,231,114 without hidden layers; at 1,000 and 224 pixels 132,868,840.
-vgg11_bn = partial(VGG, (1, 1, 2, 2, 2))
-vgg13_bn = partial(VGG, (2, 2, 2, 2, 2))
-vgg16_bn = partial(VGG, (2, 2, 3, 3, 3))
-vgg19_bn = partial(VGG, (2, 2, 4, 4, 4))

@@ -147,10 +147,3 @@ def check_size(image_size: int, patch_size: int) -> None:
             f"{image_size} pixels a side; scale or crop images to a multiple of "
             f"{patch_size}."
         )
-
-
-# At 1,000 classes, 224 pixels and patches of 16: 5,717,416, 22,050,664 and 86,567,656
-# parameters.
-vit_ti = partial(ViT, width=192, num_heads=3)
-vit_s = partial(ViT, width=384, num_heads=6)
-vit_b = partial(ViT, width=768, num_heads=12)

@@ -103,25 +103,3 @@ class WideResNet(nn.Module):
         head = self.dense(self.num_classes, dtype=self.dtype, name="head")
         logits: jax.Array = head(x)
         return logits.astype(jnp.float32)
-
-
-def stage_sizes(depth: int) -> tuple[int, int, int]:
-    """Blocks in each of the three stages of a network of a published depth.
-
-    Args:
-      depth: convolutions on the longest way through, shortcuts counted, 6 n + 4.
-
-    Raises:
-      ValueError: if no number of blocks gives this depth.
-    """
-    blocks, rest = divmod(depth - 4, 6)
-    if blocks < 1 or rest:
-        raise ValueError(
-            f"the depth of a wide ResNet must be 6 n + 4 for a whole n of at least 1, "
-            f"got {depth}; choose for example {max(10, 6 * blocks + 4)}."
-        )
-    return blocks, blocks, blocks
-
-
-# 36,479,194 parameters at 10 classes, 36,536,884 at 100.
-wrn28_10 = partial(WideResNet, stage_sizes(28), widen_factor=10)
