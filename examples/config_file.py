@@ -92,6 +92,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     fields = [field.name for field in dataclasses.fields(Config)]
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON or TOML file of settings by name.")
+    content = {name.replace("-", "_"): value for name, value in content.items()}
     unknown = [name for name in content if name not in fields]
     if unknown:
         raise ValueError(

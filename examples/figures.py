@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from report import SGD, Curves
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the line styles remain
@@ -53,6 +54,7 @@ def plot_test_accuracy(
     axes.set_xlabel("Epoch")
     axes.set_ylabel("Test accuracy (%)")
     axes.set_xlim(1, max(2, len(epochs)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _tidy(axes)
     axes.legend(title="last epoch", frameon=False, alignment="left", handlelength=4)
     figure.savefig(path, dpi=150)
@@ -240,9 +242,11 @@ def plot_weights(
         color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
         low, median, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
         above.plot(epochs, median, color=color, linestyle=style, label=name)
-        above.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+        above.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+        for edge in (low, high):  # Where the areas lie on each other.
+            above.plot(epochs, edge, color=color, linestyle=style, linewidth=0.7)
     above.axhline(1, color="black", linewidth=0.8)
-    above.set_ylabel("Weight over an equal one")
+    above.set_ylabel("Weight / equal weight")
     above.legend(
         frameon=False,
         title="median, 10 % to 90 %",
@@ -256,6 +260,7 @@ def plot_weights(
     below.set_ylabel("Effective\nsample size\n(% of the batch)")
     below.set_xlabel("Epoch")
     below.set_xlim(1, max(2, len(epochs)))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     _tidy(above)
     _tidy(below)
     figure.savefig(path, dpi=150)

@@ -31,6 +31,7 @@ class Run:
       step_seconds: wall time of a step, in each of the latest calls of the compiled
         function but those that compiled it.
       num_steps: steps of the whole training.
+      compiled: whether a step was made, and so compiled.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Run:
         self._calls: list[list[float]] = []
         self._pending: tuple[Metrics, int, int] | None = None
         self._clock: float | None = None
-        self._compiled = False
+        self.compiled = False
         self.curves: dict[str, list[float | None]] = defaultdict(list)
         self.step_seconds: list[float] = []
 
@@ -89,14 +90,14 @@ class Run:
         So the devices have work while the next batches are handed to them.
         """
         if self._pending is None:
-            self._clock = time.perf_counter() if self._compiled else None
+            self._clock = time.perf_counter() if self.compiled else None
         batches = next_batches(self._batches)
         # An iterator that has raised has lost its place.
         self._data = self._batches.get_state()
         metrics = self.trainer.train(batches)
         self.collect(bar, writer)
         self._pending = metrics, self.steps, len(batches.labels)
-        self._compiled = True
+        self.compiled = True
 
     def collect(self, bar: Any, writer: MetricsWriter) -> None:
         """Waits for the last call, and reports it."""

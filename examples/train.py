@@ -60,10 +60,12 @@ def train(
     with tqdm(total=total, initial=run.steps, unit="step", mininterval=0.5) as bar:
         try:
             while run.steps < total and not interrupt:
-                bar.set_description(f"epoch {run.epoch + 1} of {config.epochs}", False)
+                epoch = f"epoch {run.epoch + 1} of {config.epochs}"
+                bar.set_description(epoch if run.compiled else f"{epoch}, compiling")
                 run.advance(bar, writer)
                 if run.at_end_of_epoch:
                     run.collect(bar, writer)
+                    bar.set_description(f"{epoch}, evaluating")
                     run.end_epoch()
                     writer.write_epoch(run.curves)
                     if run.epoch % config.checkpoint_every == 0:

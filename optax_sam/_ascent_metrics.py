@@ -74,7 +74,8 @@ def ascent_metrics(
 
     Raises:
       TypeError: If `loss_fn` is no function or `ascent` no transformation; in the
-        function, if `ascent_state` is the state of all of the optimizer.
+        function, if `ascent_state` is the state of all of the optimizer, or of another
+        ascent.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_sam

@@ -53,6 +53,14 @@ def ascent_step(
                 "ascent_state is the state of the whole optimizer, SharpnessAwareState;"
                 " pass its part opt_state.ascent_state."
             )
+        expected = jax.eval_shape(ascent.init, params)
+        sizes = [len(jax.tree.leaves(tree)) for tree in (state, expected)]
+        if type(state) is not type(expected) or sizes[0] != sizes[1]:
+            raise TypeError(
+                f"ascent_state is not of this ascent: a {type(state).__name__} of "
+                f"{sizes[0]} arrays, where it has a {type(expected).__name__} of "
+                f"{sizes[1]}; pass the ascent that the optimizer was made with."
+            )
         _, epsilon, (new, losses) = step(params, state, *args)
         return Ascent(epsilon, new, losses)
 

@@ -19,7 +19,8 @@ class Eigenpairs(NamedTuple):
     Attributes:
       values: The eigenvalues, the largest first, shape `[count]`.
       residuals: Estimates of :math:`\|H v - \lambda v\|`, shape `[count]`: some
-        eigenvalue is as close as that to each value. Exact but for rounding.
+        eigenvalue is as close as that to each value. Exact but for rounding: where the
+        process has converged they may be zero.
       vectors: The eigenvectors :math:`v` of norm one, a tree of leaves
         `[count, *shape]`; None if they were not asked for.
     """

@@ -251,3 +251,16 @@ def test_a_loss_of_one_number_may_be_of_anything():
     metrics = measure(jnp.ones(4), ascent.init(jnp.ones(4)), None)
     assert metrics.clean_loss == 4
     assert jnp.isnan(metrics.effective_sample_size)
+
+
+def test_the_state_of_another_ascent_is_refused():
+    vasso = optax.chain(optax_sam.suppress_variance(0.4), optax_sam.scale_to_radius(1))
+    params, batch = jnp.ones(4), jnp.ones((2, 4))
+    measure = diagnostics.ascent_metrics(lambda w, x: x @ w, vasso)
+    state = optax_sam.scale_to_radius(1).init(params)
+    message = "a ScaleToRadiusState of 1 arrays, where it has a tuple of 3; pass the"
+    with pytest.raises(TypeError, match=message):
+        measure(params, state, batch)
+    other = diagnostics.ascent_metrics(lambda w, x: x @ w, optax_sam.scale_to_radius(1))
+    with pytest.raises(TypeError, match="is not of this ascent"):
+        other(params, vasso.init(params), batch)

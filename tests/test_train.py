@@ -85,7 +85,8 @@ def test_flags_come_before_the_file_and_that_before_the_defaults(tmp_path, suffi
         "fully_sharded": True,
     }
     text = json.dumps(settings)
-    if suffix == ".toml":
+    if suffix == ".toml":  # The names of the flags are names as well.
+        settings["fully-sharded"] = settings.pop("fully_sharded")
         text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in settings.items())
     path.write_text(text)
     parsed = parse(["--config", str(path), "--epochs", "7"])
