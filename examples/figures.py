@@ -206,7 +206,7 @@ def plot_spectra(
         axes.plot(grids[name], density, color=color, linewidth=1)
         axes.axvline(top[name], color=color, linestyle="dashed", linewidth=1.2)
         axes.text(
-            0.015,
+            0.3,  # Right of the peak at zero.
             0.92,
             f"{name}: largest eigenvalue {top[name]:.3g}",
             transform=axes.transAxes,

@@ -55,8 +55,9 @@ FLAT = ("sgd", "sam")  # Whose surfaces and spectra are compared.
 class Options(NoisyDigits):
     """Trains with SGD, SAM and RW-SAM, and draws four pictures of it.
 
-    They are accuracy.png, loss_surface.png, spectrum.png and weights.png, about two
-    minutes on two CPU cores; figures.json has the numbers.
+    They are accuracy.png, loss_surface.png, spectrum.png and weights.png, some five
+    minutes on two CPU cores, a part of which goes into compiling and does not depend on
+    the options; figures.json has the numbers.
     """
 
     seeds: int = 3
