@@ -20,9 +20,9 @@ def _sparsify_by_fisher(
     *,
     sparsity: float,
     refresh_every: int,
-    pattern: str,
-    num_examples: int,
-    fisher_estimator: Any,
+    pattern: str = "unstructured",
+    num_examples: int = 128,
+    fisher_estimator: Any = "per_example",
 ) -> optax.GradientTransformation:
     link: optax.GradientTransformation = optax_sam.sparsify_by_fisher(
         _make_pattern(pattern, sparsity),
