@@ -128,8 +128,7 @@ def hessian(loss_fn: LossFn, params: optax.Params, batch: Any) -> Product:
     """The product with the Hessian at `params`, to be taken many times in a loop.
 
     While that is traced, what does not depend on the vector is computed once, before
-    the loop, and kept: a quarter of the time of each product, for the memory of about
-    one more backward pass.
+    the loop, and kept, for the memory of about one more backward pass.
     """
     gradient, at = gradient_function(loss_fn, params, batch), _vector.widen(params)
     product: Product

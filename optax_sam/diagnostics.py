@@ -9,8 +9,8 @@ Pure functions of a loss, parameters and a batch, to be called inside of `jax.ji
         return diagnostics.top_eigenvalues(loss_fn, params, batch, count=3, key=0)
 
 or outside of it: then the step of each loop is compiled once a call, and called from
-Python. For convolutions on the CPU that is much faster, since XLA is some thirty times
-slower at their gradients inside of a loop. Elsewhere `jit` is better: it compiles once
+Python. For convolutions on the CPU that is much faster, since XLA is many times slower
+at their gradients inside of a loop. Elsewhere `jit` is better: it compiles once
 for all calls, computes once what all products with a Hessian share, and holds the basis
 of a Lanczos process once rather than twice.
 
