@@ -1,7 +1,8 @@
 """Loops that are fast outside of `jit` too, where every step is a program of its own.
 
-XLA on the CPU computes the gradients of convolutions many times slower inside of a loop,
-where it leaves them as they are (jax-ml/jax issue 12868). Outside of `jit` there is no need for one: Python calls the step.
+XLA on the CPU computes the gradients of convolutions many times slower inside of a
+loop, where it leaves them as they are (jax-ml/jax issue 12868). Outside of `jit` there
+is no need for one: Python calls the step.
 """
 
 from collections.abc import Callable

@@ -20,6 +20,7 @@ from command_line import write_json
 from config_file import parse
 from data_files import write_image_folders
 from methods import METHODS, hyperparameters, make_ascent
+from metrics import MetricsWriter
 from test_scripts import TINY, check_refusal, results
 from trainer import Trainer
 
@@ -237,14 +238,29 @@ def test_metrics_have_what_the_ascent_does(measured):
     assert figures["settings"]["noise_seed"] == 0
 
 
-def test_tensorboard_reads_the_metrics(measured):
+def events(path):
     from tensorboardX.proto.event_pb2 import Event
 
-    (path,) = (measured / "tensorboard").iterdir()
-    content, scalars = path.read_bytes(), {}
+    content = path.read_bytes()
     while content:  # Each record is its length, a checksum, the event, a checksum.
         size = int.from_bytes(content[:8], "little")
-        event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
+
+
+def test_tensorboard_keeps_what_comes_before_a_resumed_step(tmp_path):
+    with MetricsWriter(tmp_path, {}, first_step=16):
+        pass
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    # From there on what an earlier run wrote is void; of step 16 it counts.
+    starts = [e.step for e in events(path) if e.HasField("session_log")]
+    assert starts == [17]
+
+
+def test_tensorboard_reads_the_metrics(measured):
+    (path,) = (measured / "tensorboard").iterdir()
+    scalars = {}
+    for event in events(path):
         for value in event.summary.value:
             scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     rows = curves(measured)
