@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jax
 import optax
 import tyro
-from command_line import (
+from sam_examples.command_line import (
     NoisyDigits,
     check_training,
     make_run_directory,
@@ -17,20 +17,20 @@ from command_line import (
     versions,
     write_json,
 )
-from data import Dataset, Split, load_digits
-from evaluation import Evaluate, make_evaluate
-from figures import plot_test_accuracy
-from methods import METHODS, check_batch, hyperparameters, make_tx
-from optimizers import momentum_sgd
-from report import Curves, print_table, summarize
-from tqdm import tqdm
-from training import (
+from sam_examples.data import Dataset, Split, load_digits
+from sam_examples.evaluation import Evaluate, make_evaluate
+from sam_examples.figures import plot_test_accuracy
+from sam_examples.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.optimizers import momentum_sgd
+from sam_examples.report import Curves, print_table, summarize
+from sam_examples.training import (
     TrainState,
     make_init,
     make_model,
     make_train_steps,
     shuffled_batches,
 )
+from tqdm import tqdm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import optax
 import tyro
-from command_line import (
+from compare import compare, prepare
+from sam_examples.command_line import (
     NoisyDigits,
     make_run_directory,
     one_line_errors,
@@ -14,10 +15,9 @@ from command_line import (
     versions,
     write_json,
 )
-from compare import compare, prepare
-from figures import plot_accuracy_over_size
-from methods import check_batch, make_tx
-from report import print_table, summarize
+from sam_examples.figures import plot_accuracy_over_size
+from sam_examples.methods import check_batch, make_tx
+from sam_examples.report import print_table, summarize
 
 RW_SAM = "RW-SAM"
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from command_line import (
+from jax.sharding import Mesh, NamedSharding
+from sam_examples.command_line import (
     NoisyDigits,
     check_training,
     make_run_directory,
@@ -24,7 +25,7 @@ from command_line import (
     versions,
     write_json,
 )
-from data import (
+from sam_examples.data import (
     Dataset,
     Split,
     load_digits,
@@ -32,19 +33,18 @@ from data import (
     prefetched,
     training_batches,
 )
-from evaluation import make_evaluate
-from jax.sharding import Mesh, NamedSharding
-from methods import METHODS, check_batch, hyperparameters, make_tx
-from optimizers import momentum_sgd
-from processes import ProcessOptions, check_processes, start
-from sharding import (
+from sam_examples.evaluation import make_evaluate
+from sam_examples.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.optimizers import momentum_sgd
+from sam_examples.processes import ProcessOptions, check_processes, start
+from sam_examples.sharding import (
     by_examples,
     by_first_divisible_axis,
     make_mesh,
     of_opt_state,
     replicated,
 )
-from training import (
+from sam_examples.training import (
     TrainState,
     make_loss_fn,
     make_model,

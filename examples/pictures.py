@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from command_line import (
+from compare import Contestant, compare, prepare
+from sam_examples.command_line import (
     NoisyDigits,
     make_run_directory,
     one_line_errors,
@@ -29,21 +30,20 @@ from command_line import (
     versions,
     write_json,
 )
-from compare import Contestant, compare, prepare
-from data import Dataset, Split
-from example_weights import WeightsOverTime, draw_weights, prepared
-from figures import (
+from sam_examples.data import Dataset, Split
+from sam_examples.example_weights import WeightsOverTime, draw_weights, prepared
+from sam_examples.figures import (
     plot_loss_surfaces,
     plot_spectra,
     plot_test_accuracy,
 )
-from methods import hyperparameters, make_tx
-from tqdm import tqdm
-from training import (
+from sam_examples.methods import hyperparameters, make_tx
+from sam_examples.training import (
     TrainState,
     make_model,
     make_scoring_loss_fn,
 )
+from tqdm import tqdm
 
 from optax_sam import diagnostics
 

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from command_line import (
+from rich.console import Console
+from rich.table import Table
+from sam_examples.command_line import (
     NoisyDigits,
     check_training,
     make_run_directory,
@@ -24,20 +26,18 @@ from command_line import (
     versions,
     write_json,
 )
-from data import Dataset, load_digits
-from evaluation import make_evaluate
-from layers import Chooser, layers_of
-from models.resnet import ResNet
-from optimizers import momentum_sgd
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-from training import (
+from sam_examples.data import Dataset, load_digits
+from sam_examples.evaluation import make_evaluate
+from sam_examples.layers import Chooser, layers_of
+from sam_examples.models.resnet import ResNet
+from sam_examples.optimizers import momentum_sgd
+from sam_examples.training import (
     make_init,
     make_model,
     make_train_steps,
     shuffled_batches,
 )
+from tqdm import tqdm
 
 import optax_sam
 

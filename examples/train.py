@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from build import Optimizer, check_layers, make_network
-from checkpoints import Checkpoints, Progress
-from command_line import make_run_directory, one_line_errors, versions, write_json
-from config import (
+from sam_examples.build import Optimizer, check_layers, make_network
+from sam_examples.checkpoints import Checkpoints, Progress
+from sam_examples.command_line import (
+    make_run_directory,
+    one_line_errors,
+    versions,
+    write_json,
+)
+from sam_examples.config import (
     Config,
     as_json,
     check,
@@ -21,12 +26,12 @@ from config import (
     num_devices,
     training_settings,
 )
-from config_file import parse
-from data import label_record
-from interrupts import Interrupt, interruptible
-from methods import check_batch, hyperparameters
-from metrics import MetricsWriter
-from run import Run
+from sam_examples.config_file import parse
+from sam_examples.data import label_record
+from sam_examples.interrupts import Interrupt, interruptible
+from sam_examples.methods import check_batch, hyperparameters
+from sam_examples.metrics import MetricsWriter
+from sam_examples.run import Run
 from tqdm import tqdm
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from command_line import (
+from flax import nnx
+from sam_examples.command_line import (
     NoisyDigits,
     check_training,
     make_run_directory,
@@ -18,13 +19,12 @@ from command_line import (
     versions,
     write_json,
 )
-from data import Dataset, Split, load_digits, normalize
-from flax import nnx
-from methods import METHODS, check_batch, hyperparameters, make_tx
-from models.nnx_resnet import NORMS, ResNet
-from optimizers import momentum_sgd
+from sam_examples.data import Dataset, Split, load_digits, normalize
+from sam_examples.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.models.nnx_resnet import NORMS, ResNet
+from sam_examples.optimizers import momentum_sgd
+from sam_examples.training import shuffled_batches
 from tqdm import tqdm
-from training import shuffled_batches
 
 
 @dataclasses.dataclass(frozen=True)

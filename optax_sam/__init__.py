@@ -1,8 +1,7 @@
 """Sharpness-aware training as composable Optax gradient transformations."""
 
 from optax_sam import diagnostics
-from optax_sam._adaptive import AdaptToScaleState, adapt_to_scale
-from optax_sam._alias import (
+from optax_sam._ascents.alias import (
     asam,
     dynamic_sparse_sam,
     m_sam,
@@ -11,16 +10,20 @@ from optax_sam._alias import (
     sparse_sam,
     vasso,
 )
-from optax_sam._dynamic import SparsifyDynamicallyState, sparsify_dynamically
-from optax_sam._engine import SharpnessAwareState, sharpness_aware
-from optax_sam._fisher import fisher_diagonal
-from optax_sam._pattern import n_m, structured, unstructured
-from optax_sam._radius import ScaleToRadiusState, scale_to_radius
-from optax_sam._reweight import ReweightBySharpnessState, reweight_by_sharpness
-from optax_sam._sparse import SparsifyByFisherState, sparsify_by_fisher
-from optax_sam._static import choose_layers, perturb_only, select_layers
-from optax_sam._step import value_and_update
-from optax_sam._variance import SuppressVarianceState, suppress_variance
+from optax_sam._ascents.asam import AdaptToScaleState, adapt_to_scale
+from optax_sam._ascents.rw_sam import ReweightBySharpnessState, reweight_by_sharpness
+from optax_sam._ascents.sam import ScaleToRadiusState, scale_to_radius
+from optax_sam._ascents.sparse_dynamic import (
+    SparsifyDynamicallyState,
+    sparsify_dynamically,
+)
+from optax_sam._ascents.sparse_fisher import SparsifyByFisherState, sparsify_by_fisher
+from optax_sam._ascents.static import choose_layers, perturb_only, select_layers
+from optax_sam._ascents.vasso import SuppressVarianceState, suppress_variance
+from optax_sam._engine.sharpness_aware import SharpnessAwareState, sharpness_aware
+from optax_sam._engine.value_and_update import value_and_update
+from optax_sam._masks.fisher import fisher_diagonal
+from optax_sam._masks.patterns import n_m, structured, unstructured
 
 __version__ = "0.1.0"
 

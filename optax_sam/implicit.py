@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from optax_sam import _tree
+from optax_sam._base import trees
 
 _Product = Callable[[jax.Array, jax.Array], jax.Array]
 _CONVOLUTION = inspect.signature(lax.conv_general_dilated)
@@ -267,7 +267,7 @@ class _FromMasks(nn.Module):
     def _product(self, name: str) -> Callable[..., jax.Array]:
         layer: Any = self.parent
         mask = layer.get_variable("masks", "kernel")
-        if mask is None or _tree.is_absent(mask):
+        if mask is None or trees.is_absent(mask):
             return getattr(lax, name)  # type: ignore[no-any-return]
         backward = Masked(mask, "/".join(layer.path) or "the layer")
         return getattr(backward, name)  # type: ignore[no-any-return]
@@ -374,7 +374,7 @@ def _find(masks: Any, path: tuple[Any, ...]) -> Masked | None:
         if not isinstance(masks, Mapping) or key not in masks:
             return None
         masks = masks[key]
-    if _tree.is_absent(masks):
+    if trees.is_absent(masks):
         return None
     return Masked(masks, "/".join(map(str, path)) or "the layer")
 
@@ -411,7 +411,7 @@ def _pull_back(fn: Callable[..., jax.Array], dy: jax.Array, *primals: Any) -> An
 
 def _squared_norms(x: jax.Array, axis: int) -> jax.Array:
     """Squared norms of the slices along `axis`, up to a factor they have in common."""
-    x = x.astype(_tree.accumulator_dtype(x.dtype))
+    x = x.astype(trees.accumulator_dtype(x.dtype))
     largest = jnp.max(jnp.abs(x), initial=0, where=jnp.isfinite(x))
     x = jnp.square(x / jnp.where(largest == 0, 1, largest))
     return jnp.sum(x, axis=[i for i in range(x.ndim) if i != axis % x.ndim])

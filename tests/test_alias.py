@@ -10,7 +10,7 @@ import problems
 import pytest
 
 import optax_sam
-from optax_sam import _dynamic
+from optax_sam._ascents import sparse_dynamic
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "trajectories.npz")
 NAMES = ("w0", "b0", "w1", "b1", "w2", "b2")
@@ -118,7 +118,7 @@ def test_reproduces_the_authors_dynamic_masks(method, monkeypatch):
     def authors_counts(kept, free, share):
         return tuple((total * x).astype(kept.dtype) for x in (1 - share, share))
 
-    monkeypatch.setattr(_dynamic, "_counts", authors_counts)
+    monkeypatch.setattr(sparse_dynamic, "_counts", authors_counts)
     tx = optax_sam.dynamic_sparse_sam(
         BASE,
         0.1,

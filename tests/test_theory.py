@@ -10,7 +10,8 @@ import problems
 import pytest
 
 import optax_sam
-from optax_sam import _reweight, reweight_by_sharpness
+from optax_sam import reweight_by_sharpness
+from optax_sam._ascents import rw_sam
 
 pytestmark = pytest.mark.usefixtures("x64")
 DIMENSION, EXAMPLES, RHO = 4, 5, 0.1
@@ -99,7 +100,7 @@ def test_squared_slope_over_all_signs_is_the_squared_norm(monkeypatch):
     signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=DIMENSION)))
 
     def with_signs(z):
-        monkeypatch.setattr(_reweight, "_signs", lambda key, like: z)
+        monkeypatch.setattr(rw_sam, "_signs", lambda key, like: z)
         return slopes(problem)[0]
 
     s = np.asarray(jax.vmap(with_signs)(signs), np.float64)

@@ -17,13 +17,12 @@ import optax_sam
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from command_line import one_line_errors, require
-from data import Dataset, Split, load_digits, normalize
-from models.convolution import PatchConv
-from models.resnet import ResNet, group_norm
-from training import make_init, make_scoring_loss_fn, make_train_steps
-
-from benchmarks import measure
+from sam_examples.benchmarking import measure
+from sam_examples.command_line import one_line_errors, require
+from sam_examples.data import Dataset, Split, load_digits, normalize
+from sam_examples.models.convolution import PatchConv
+from sam_examples.models.resnet import ResNet, group_norm
+from sam_examples.training import make_init, make_scoring_loss_fn, make_train_steps
 
 DELTAS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 

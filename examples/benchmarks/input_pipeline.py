@@ -21,9 +21,10 @@ import optax_sam
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import models
-from command_line import check_stages, one_line_errors
-from data import (
+from sam_examples import models
+from sam_examples.benchmarking import measure
+from sam_examples.command_line import check_stages, one_line_errors
+from sam_examples.data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     IMAGENET_MEAN,
@@ -36,9 +37,7 @@ from data import (
     prefetched,
     training_batches,
 )
-from training import make_loss_fn
-
-from benchmarks import measure
+from sam_examples.training import make_loss_fn
 
 PIPELINE = "pipeline"
 STEPS = {"SGD": measure.BASE, "SAM": optax_sam.sam(measure.BASE, measure.RHO)}

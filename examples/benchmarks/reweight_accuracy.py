@@ -12,9 +12,15 @@ import tyro
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from sam_examples.benchmarking import trade_off
+from sam_examples.benchmarking.configurations import (
+    CONFIGURATIONS,
+    SAM,
+    SGD,
+    Configuration,
+)
+
 import optax_sam
-from benchmarks import trade_off
-from benchmarks.configurations import CONFIGURATIONS, SAM, SGD, Configuration
 
 REWEIGHTED, MICRO_BATCHES = "reweighted", "micro-batches"
 STRENGTHS = {False: (0.03, 0.1, 0.3), True: (0.3, 1.0, 3.0)}  # By normalize.

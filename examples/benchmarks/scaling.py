@@ -23,17 +23,22 @@ import optax_sam
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from command_line import one_line_errors, require
-from data import Split
-from methods import METHODS, hyperparameters, make_tx
-from models.convolution import PatchConv
-from models.resnet import ResNet, group_norm
-from sharding import as_shapes, by_examples, make_mesh, replicated, simulate_devices
-from training import make_scoring_loss_fn
-
-from benchmarks import measure
-from benchmarks.collectives import REDUCE, traffic
-from benchmarks.sharded import Problem, Step, compile_step
+from sam_examples.benchmarking import measure
+from sam_examples.benchmarking.collectives import REDUCE, traffic
+from sam_examples.benchmarking.sharded import Problem, Step, compile_step
+from sam_examples.command_line import one_line_errors, require
+from sam_examples.data import Split
+from sam_examples.methods import METHODS, hyperparameters, make_tx
+from sam_examples.models.convolution import PatchConv
+from sam_examples.models.resnet import ResNet, group_norm
+from sam_examples.sharding import (
+    as_shapes,
+    by_examples,
+    make_mesh,
+    replicated,
+    simulate_devices,
+)
+from sam_examples.training import make_scoring_loss_fn
 
 BASELINE, M_SAM = "sgd", "m_sam"
 NUM_STEPS = 10_000  # Where a method wants to know the length of a training.

@@ -22,20 +22,24 @@ import optax_sam
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from command_line import one_line_errors, require
-from models.transformer import Transformer, make_language_loss_fn
-from sharding import (
+from sam_examples.benchmarking import measure
+from sam_examples.benchmarking.collectives import GATHER, REDUCE, traffic
+from sam_examples.benchmarking.measure import RHO, SGD
+from sam_examples.benchmarking.sharded import (
+    Problem,
+    bytes_on_a_device,
+    compile_step,
+    sam_written_out,
+)
+from sam_examples.command_line import one_line_errors, require
+from sam_examples.models.transformer import Transformer, make_language_loss_fn
+from sam_examples.sharding import (
     as_shapes,
     by_examples,
     by_first_divisible_axis,
     make_mesh,
     simulate_devices,
 )
-
-from benchmarks import measure
-from benchmarks.collectives import GATHER, REDUCE, traffic
-from benchmarks.measure import RHO, SGD
-from benchmarks.sharded import Problem, bytes_on_a_device, compile_step, sam_written_out
 
 HAND_WRITTEN, SAM, VASSO, SSAM_D, SSAM_F = (
     "SAM by hand",

@@ -11,8 +11,8 @@ import tyro
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import trade_off
-from benchmarks.configurations import CONFIGURATIONS
+from sam_examples.benchmarking import trade_off
+from sam_examples.benchmarking.configurations import CONFIGURATIONS
 
 NAMES = tuple(CONFIGURATIONS)
 

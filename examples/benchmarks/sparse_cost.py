@@ -23,13 +23,21 @@ from optax_sam import implicit
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from command_line import one_line_errors
-from models.convolution import PatchConv
-from models.resnet import ResNet
-from training import LossFn, make_loss_fn, make_scoring_loss_fn
-
-from benchmarks import measure
-from benchmarks.measure import BASE, RHO, SGD, Compiled, Figures, Problem, Row, engine
+from sam_examples.benchmarking import measure
+from sam_examples.benchmarking.measure import (
+    BASE,
+    RHO,
+    SGD,
+    Compiled,
+    Figures,
+    Problem,
+    Row,
+    engine,
+)
+from sam_examples.command_line import one_line_errors
+from sam_examples.models.convolution import PatchConv
+from sam_examples.models.resnet import ResNet
+from sam_examples.training import LossFn, make_loss_fn, make_scoring_loss_fn
 
 SAM = "SAM"
 SSAM_F, SSAM_D = "SSAM-F between refreshes", "SSAM-D between refreshes"

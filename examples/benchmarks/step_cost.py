@@ -19,10 +19,17 @@ import optax_sam
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from command_line import one_line_errors
-
-from benchmarks import measure
-from benchmarks.measure import BASE, RHO, SGD, Problem, Row, Update, engine
+from sam_examples.benchmarking import measure
+from sam_examples.benchmarking.measure import (
+    BASE,
+    RHO,
+    SGD,
+    Problem,
+    Row,
+    Update,
+    engine,
+)
+from sam_examples.command_line import one_line_errors
 
 # Opaque mode takes both gradients in one step; batch statistics are the clean pass's.
 CONTRIB_SAM = optax.contrib.sam(

@@ -18,11 +18,10 @@ import optax_sam
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from command_line import one_line_errors, require
-from training import make_loss_fn
-
-from benchmarks import measure
-from benchmarks.measure import BASE, RHO, SGD, Problem, Row, engine
+from sam_examples.benchmarking import measure
+from sam_examples.benchmarking.measure import BASE, RHO, SGD, Problem, Row, engine
+from sam_examples.command_line import one_line_errors, require
+from sam_examples.training import make_loss_fn
 
 RADIUS = optax_sam.scale_to_radius(RHO)
 

@@ -1,0 +1,177 @@
+"""A training from its first step to its last: calls, epochs, checkpoints."""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from optax_sam import diagnostics
+from sam_examples.build import Optimizer
+from sam_examples.checkpoints import Checkpoints, Progress
+from sam_examples.config import Config
+from sam_examples.data import Dataset, prefetched, training_batches
+from sam_examples.metrics import MetricsWriter
+from sam_examples.trainer import Trainer, next_batches
+from sam_examples.training import Metrics, steps_per_call
+
+# Bounds what a call's batches take, on the host and on the device.
+BYTES_PER_CALL = 2**26
+# Speeds are medians over so many calls, the latest.
+MOST_TIMES = 1000
+
+
+class Run:
+    """A training: the model, its data, and the figures so far.
+
+    Attributes:
+      curves: figures of each epoch, lists by name; None where one was not measured.
+      step_seconds: wall time of a step, in each of the latest calls of the compiled
+        function but those that compiled it.
+      num_steps: steps of the whole training.
+      compiled: whether a step was made, and so compiled.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        model: nn.Module,
+        optimizer: Optimizer,
+        devices: int,
+    ) -> None:
+        """Draws the parameters, and opens the data."""
+        self._config, self._dataset = config, dataset
+        self._optimizer = optimizer
+        self.trainer = Trainer(config, dataset, model, optimizer, devices)
+        batches = training_batches(
+            dataset.train,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            seed=config.seed,
+        )
+        self.num_steps = len(batches)
+        self._steps_per_epoch = self.num_steps // config.epochs
+        size = config.batch_size * 4 * int(np.prod(dataset.train.image_shape))
+        self._batches = prefetched(
+            batches,
+            steps_per_call=steps_per_call(
+                self._steps_per_epoch, at_most=min(16, max(1, BYTES_PER_CALL // size))
+            ),
+        )
+        self._data = self._batches.get_state()
+        self._calls: list[list[float]] = []
+        self._pending: tuple[Metrics, int, int] | None = None
+        self._clock: float | None = None
+        self.compiled = False
+        self.curves: dict[str, list[float | None]] = defaultdict(list)
+        self.step_seconds: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """How many are done."""
+        return self.trainer.count
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return self.steps // self._steps_per_epoch
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether the last step was that of an epoch."""
+        return self.steps % self._steps_per_epoch == 0
+
+    def advance(self, bar: Any, writer: MetricsWriter) -> None:
+        """Makes a call of the compiled function, and reports the one before it.
+
+        So the devices have work while the next batches are handed to them.
+        """
+        if self._pending is None:
+            self._clock = time.perf_counter() if self.compiled else None
+        batches = next_batches(self._batches)
+        # An iterator that has raised has lost its place.
+        self._data = self._batches.get_state()
+        metrics = self.trainer.train(batches)
+        self.collect(bar, writer)
+        self._pending = metrics, self.steps, len(batches.labels)
+        self.compiled = True
+
+    def collect(self, bar: Any, writer: MetricsWriter) -> None:
+        """Waits for the last call, and reports it."""
+        if self._pending is None:
+            return
+        (loss, accuracy), step, size = self._pending
+        self._pending = None
+        self._calls.append([float(loss), float(accuracy)])
+        now = time.perf_counter()
+        if self._clock is not None:
+            self.step_seconds.append((now - self._clock) / size)
+            del self.step_seconds[:-MOST_TIMES]
+        self._clock = now
+        figures = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.3f}"}
+        if self.step_seconds:
+            figures["images/s"] = f"{self.images_per_second:,.0f}"
+        bar.set_postfix(figures, refresh=False)
+        bar.update(size)
+        writer.write_steps(step, *self._calls[-1])
+
+    @property
+    def images_per_second(self) -> float:
+        """How many images are trained on; the median over calls."""
+        return self._config.batch_size / float(np.median(self.step_seconds))
+
+    def end_epoch(self) -> None:
+        """Evaluates, measures the ascent if it is time to, and adds to the curves."""
+        loss, accuracy = np.mean(self._calls, axis=0).tolist()
+        valid_loss, valid_accuracy = None, None
+        if len(self._dataset.valid.labels):
+            valid_loss, valid_accuracy = self.trainer.evaluate(self._dataset.valid)
+        row: dict[str, float | None] = {
+            "step": self.steps,
+            "learning_rate": float(self._optimizer.learning_rate(self.steps - 1)),
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "valid_loss": valid_loss,
+            "valid_accuracy": valid_accuracy,
+        }
+        every = self._config.measure_every
+        if every and self._optimizer.ascent is not None:
+            due = self.epoch % every == 0 or self.steps == self.num_steps
+            names = diagnostics.AscentMetrics._fields
+            row |= self.trainer.measure() if due else dict.fromkeys(names)
+        # A run that is resumed may measure what it did not before, or no longer.
+        epochs = len(self.curves["step"])
+        for name in {**self.curves, **row}:
+            self.curves.setdefault(name, [None] * epochs).append(row.get(name))
+        self._calls = []
+
+    def test_accuracy(self) -> float:
+        """Accuracy of the parameters as they are, on the test split."""
+        return self.trainer.evaluate(self._dataset.test)[1]
+
+    def save(self, checkpoints: Checkpoints, settings: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of what was done so far, unless there is one."""
+        if checkpoints.steps()[-1:] == [self.steps]:
+            return
+        progress = Progress(
+            self.steps,
+            dict(settings),
+            dict(self.curves),
+            self._calls,
+            self.step_seconds,
+            self._data,
+        )
+        checkpoints.save(self.trainer.state, progress)
+
+    def resume(self, checkpoints: Checkpoints, progress: Progress) -> None:
+        """Goes on from a checkpoint, on the devices of this run."""
+        self.trainer.state = checkpoints.restore(progress, self.trainer.state)
+        self.trainer.count = progress.steps
+        self.curves.update(progress.curves)
+        self._calls = progress.calls
+        self.step_seconds = progress.step_seconds
+        self._data = progress.data
+        self._batches.set_state(progress.data)

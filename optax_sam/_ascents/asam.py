@@ -1,0 +1,94 @@
+"""ASAM, adaptive sharpness-aware minimization (arXiv 2102.11600)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam._base import trees
+from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
+
+
+def adapt_to_scale(
+    rho: ScalarOrSchedule, *, eta: ScalarOrSchedule = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the gradient to the length `rho` relative to each weight: ASAM's ascent.
+
+    .. math:: \varepsilon = \rho \, \frac{T^2 g}{\|T g\|}, \qquad T = |w| + \eta
+
+    Entry by entry, so that a perturbation is measured against the size of its weight
+    and rescaling layers does not change the neighbourhood that it explores. With
+    :math:`\eta = 0` a weight at exactly zero is not perturbed. Values of `rho` are
+    about ten times those of :func:`scale_to_radius`.
+
+    Args:
+      rho: The radius :math:`\rho \ge 0`, without unit. A scalar, or a schedule of the
+        count of steps.
+      eta: Added to the size of each weight, :math:`\eta \ge 0`, in units of the
+        parameters; the paper uses 0.01. A scalar, or a schedule.
+
+    Returns:
+      An ascent for :func:`optax_sam.sharpness_aware`. Its update needs `params`, a tree
+      of arrays of any shapes, and gives one of the same shapes and dtypes.
+
+    Raises:
+      TypeError: If `rho` or `eta` is neither a real scalar nor callable.
+      ValueError: If one of them is negative, not finite or no scalar; in update, if
+        `params` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> ascent = optax_sam.adapt_to_scale(rho=0.5)
+      >>> params = jnp.array([1.0, 2.0, 0.0])
+      >>> grads = jnp.array([3.0, 2.0, 1.0])
+      >>> epsilon, state = ascent.update(grads, ascent.init(params), params)
+      >>> print(epsilon)
+      [0.3 0.8 0. ]
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+      Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
+    """
+    radius = as_schedule("adapt_to_scale", "rho", rho)
+    offset = as_schedule("adapt_to_scale", "eta", eta)
+
+    def init_fn(params: optax.Params) -> AdaptToScaleState:
+        del params
+        return AdaptToScaleState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: AdaptToScaleState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdaptToScaleState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "adapt_to_scale: params is None, but epsilon is relative to the size "
+                "of each weight; call update(grads, state, params)."
+            )
+        added = offset(state.count)
+
+        def scale(x: jax.Array, p: Any) -> jax.Array:
+            return x * (jnp.abs(p).astype(x.dtype) + added.astype(x.dtype))
+
+        # The unit of the gradient first, so that its product with T has range to spare.
+        epsilon = trees.map_present(scale, trees.scale_to_unit(updates), params)
+        epsilon = trees.scale_to_norm(epsilon, radius(state.count))
+        epsilon = trees.map_present(scale, epsilon, params)
+        epsilon = trees.cast_like(epsilon, params)
+        return epsilon, AdaptToScaleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class AdaptToScaleState(NamedTuple):
+    """State of :func:`adapt_to_scale`.
+
+    Attributes:
+      count: Number of steps taken, an int32 scalar, for schedules of `rho` and `eta`.
+    """
+
+    count: jax.Array  # type: ignore[assignment]

@@ -1,0 +1,206 @@
+"""Sparse SAM with masks from Fisher information, SSAM-F (arXiv 2210.05177)."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam._base.devices import AxisName, Devices
+from optax_sam._base.hyperparameters import (
+    as_key,
+    check_choice,
+    check_integer,
+    key_at,
+    key_data,
+)
+from optax_sam._engine import protocol
+from optax_sam._masks import fisher, masking
+from optax_sam._masks.patterns import Pattern
+
+
+def sparsify_by_fisher(
+    pattern: Pattern,
+    *,
+    refresh_every: int,
+    num_examples: int = 128,
+    estimator: Literal["per_example", "probes"] = "per_example",
+    chunk_size: int = 4,
+    num_probes: int = 4,
+    key: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the entries that matter most by Fisher information: Sparse SAM, SSAM-F.
+
+    .. math:: u \mapsto u \odot m, \qquad m = \text{pattern}(F), \qquad
+      F = \frac{1}{n} \sum_{i=1}^{n} (\nabla \ell_i(w))^2
+
+    After :func:`scale_to_radius` this is the papers'
+    :math:`\varepsilon = \rho \, g / \|g\| \odot m`; before it,
+    :math:`\|\varepsilon\|` is :math:`\rho` again. The mask is made anew at the start of
+    each step whose count `refresh_every` divides, the first included, and costs nothing
+    in the steps between.
+
+    The scores are those of `loss_fn`, or of `scoring_loss_fn(params, batch)` where
+    update gets one, as from `value_and_update(..., scoring_loss_fn=...)`. Models with
+    batch normalisation want one, with the model in evaluation mode: see
+    :func:`fisher_diagonal`.
+
+    Args:
+      pattern: From scores to masks, such as :func:`unstructured`.
+      refresh_every: Steps between masks, at least 1.
+      num_examples: The first so many examples of the batch are scored; all of a smaller
+        batch.
+      estimator: `"per_example"` for gradients of single examples, which is exact, or
+        `"probes"` for the gradients of randomly signed sums of losses, which needs no
+        gradient of a single example and, without a scoring loss, no forward pass.
+      chunk_size: Examples whose gradients are in memory at once, for `"per_example"`.
+      num_probes: Draws of signs to average over, for `"probes"`, each a backward pass.
+      key: An int or JAX PRNG key, for `"probes"`.
+
+    Returns:
+      A link of an ascent for :func:`optax_sam.sharpness_aware`. It maps a tree of
+      arrays of any shapes to one of the same shapes and dtypes. Leaves that are absent
+      (:func:`perturb_only`) are neither scored nor counted.
+
+    Raises:
+      TypeError: If `pattern` is no function, or a count no integer; in update, if the
+        pattern makes no bools.
+      ValueError: If a count is less than 1 or `estimator` unknown; in update, if
+        `params`, or `loss_fn` and `batch`, are missing, if losses are not per example,
+        or if the pattern's masks do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> link = optax_sam.sparsify_by_fisher(
+      ...     optax_sam.unstructured(0.5), refresh_every=390
+      ... )
+      >>> params, batch = jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> loss_fn = lambda w, batch: 0.5 * jnp.sum((w[None] - batch) ** 2, axis=-1)
+      >>> updates, state = link.update(
+      ...     jnp.ones(2), link.init(params), params, loss_fn=loss_fn, batch=batch
+      ... )
+      >>> print(updates)
+      [0. 1.]
+
+    References:
+      Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
+      Approach <https://arxiv.org/abs/2210.05177>`_, 2022
+    """
+    owner = "sparsify_by_fisher"
+    if not callable(pattern):
+        raise TypeError(
+            f"{owner}: pattern must be a function from scores to masks, such as "
+            f"optax_sam.unstructured(0.5); got {pattern!r}."
+        )
+    refresh_every = check_integer(owner, "refresh_every", refresh_every, low=1)
+    fisher = _estimator(owner, estimator, num_examples, chunk_size, num_probes)
+    seed = as_key(owner, key)
+
+    def init_fn(params: optax.Params) -> SparsifyByFisherState:
+        return SparsifyByFisherState(
+            count=jnp.zeros([], jnp.int32),
+            mask=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params),
+            key=key_data(seed),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SparsifyByFisherState,
+        params: optax.Params | None = None,
+        *,
+        loss_fn: Any = None,
+        batch: Any = protocol.MISSING,
+        scoring_loss_fn: Any = None,
+        scoring_batch: Any = protocol.MISSING,
+        losses: Any = None,
+        pullback: Any = None,
+        ascent_loss_fn: Any = None,
+        axis_name: AxisName | None = None,
+        scoring_axis_name: AxisName | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SparsifyByFisherState]:
+        del extra_args
+        axis_name = axis_name if scoring_axis_name is None else scoring_axis_name
+        # Those of the clean pass serve if they are of this loss and these examples.
+        clean = (losses, pullback) if ascent_loss_fn is None else (None, None)
+        if scoring_loss_fn is not None:
+            loss_fn, clean = scoring_loss_fn, (None, None)
+        if scoring_batch is not protocol.MISSING:
+            batch, clean = scoring_batch, (None, None)
+        protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
+        loss_fn = protocol.checked("loss_fn", loss_fn, "params", "batch")
+        masking.check(f"{owner}: state.mask", state.mask, params)
+
+        def new_mask() -> chex.ArrayTree:
+            draws = key_at(seed, state.key, state.count)
+            fisher_diagonal = fisher(loss_fn, params, batch, clean, draws, axis_name)
+            scores = masking.present(fisher_diagonal, updates)
+            return masking.check(f"{owner}: pattern(scores)", pattern(scores), scores)
+
+        due = state.count % refresh_every == 0
+        mask = masking.refresh_if(due, new_mask, state.mask, updates)
+        count = optax.safe_increment(state.count)
+        return masking.apply(mask, updates), SparsifyByFisherState(
+            count, mask, state.key
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SparsifyByFisherState(NamedTuple):
+    """State of :func:`sparsify_by_fisher`.
+
+    Attributes:
+      count: Number of steps taken, an int32 scalar.
+      mask: The mask of the last step, bools of the shapes of the parameters.
+      key: Data of the PRNG key that the signs of probes are drawn with.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    mask: chex.ArrayTree
+    key: jax.Array
+
+
+def _estimator(
+    owner: str, estimator: Any, num_examples: Any, chunk_size: Any, num_probes: Any
+) -> Callable[..., chex.ArrayTree]:
+    """The function of the losses, at the parameters, that scores the parameters."""
+    check_choice(owner, "estimator", estimator, ("per_example", "probes"))
+    num_examples = check_integer(
+        owner, "num_examples", num_examples, low=1, static=True
+    )
+    chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1, static=True)
+    num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
+
+    def per_example(
+        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
+    ) -> chex.ArrayTree:
+        del clean, key
+        return fisher.fisher_diagonal(
+            loss_fn,
+            params,
+            batch,
+            num_examples=num_examples,
+            chunk_size=chunk_size,
+            axis_name=axis_name,
+        )
+
+    def probes(
+        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
+    ) -> chex.ArrayTree:
+        losses, pullback = clean
+        if losses is None or pullback is None:
+            # Of several devices every one has to know how many the others have.
+            first = num_examples if axis_name is None else None
+            examples = fisher.first_examples(owner, batch, first)
+            losses, pullback = protocol.linearise(
+                lambda p: protocol.check_per_example(owner, loss_fn(p, examples)),
+                Devices(axis_name).vary(params),
+            )
+        return fisher.fisher_from_probes(
+            losses, pullback, num_examples, num_probes, key, axis_name
+        )
+
+    return per_example if estimator == "per_example" else probes

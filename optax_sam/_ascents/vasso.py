@@ -1,0 +1,130 @@
+"""VaSSO, variance-suppressed sharpness-aware optimization (arXiv 2309.15639)."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam._base import trees
+from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
+
+
+def suppress_variance(
+    theta: ScalarOrSchedule, accumulator_dtype: chex.ArrayDType | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by its moving average: the direction of VaSSO.
+
+    .. math::
+      d_0 = g_0, \qquad d_t = (1 - \theta) \, d_{t-1} + \theta \, g_t
+
+    :math:`g_t` is the clean gradient. Followed by :func:`scale_to_radius` this is
+    VaSSO, :math:`\varepsilon = \rho \, d_t / \|d_t\|`; with :math:`\theta = 1` it is
+    SAM. At a fixed point the average has, in the long run,
+    :math:`\theta / (2 - \theta)` of the variance of a single gradient.
+
+    Args:
+      theta: Weight of the newest gradient, in [0, 1]. A scalar, or a schedule of the
+        count of steps.
+      accumulator_dtype: Floating-point dtype of the average. None means float32 or
+        wider, since in bfloat16 an average with a small `theta` never moves. Entries
+        beyond its range are clipped.
+
+    Returns:
+      A link of an ascent for :func:`optax_sam.sharpness_aware`. It maps a tree of
+      arrays of any shapes to one of the same shapes, in the accumulator's dtype.
+
+    Raises:
+      TypeError: If `theta` is neither a real scalar nor callable, or
+        `accumulator_dtype` no floating-point dtype.
+      ValueError: If `theta` is outside [0, 1] or no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> link = optax_sam.suppress_variance(theta=0.25)
+      >>> state = link.init(jnp.zeros(2))
+      >>> d, state = link.update(jnp.array([4.0, 0.0]), state)
+      >>> d, state = link.update(jnp.array([0.0, 4.0]), state)
+      >>> print(d)
+      [3. 1.]
+
+    References:
+      Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
+      Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
+    """
+    newest = as_schedule("suppress_variance", "theta", theta, high=1.0)
+    if accumulator_dtype is not None:
+        accumulator_dtype = _floating_dtype(accumulator_dtype)
+
+    def init_fn(params: optax.Params) -> SuppressVarianceState:
+        def zeros(p: Any) -> jax.Array:
+            dtype = accumulator_dtype
+            if dtype is None:
+                dtype = trees.accumulator_dtype(jnp.result_type(p))
+            return jnp.zeros_like(p, dtype=dtype)
+
+        return SuppressVarianceState(
+            count=jnp.zeros([], jnp.int32), direction=jax.tree.map(zeros, params)
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SuppressVarianceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SuppressVarianceState]:
+        del params, extra_args
+        # The first direction is the first gradient: there is nothing to average yet.
+        weight = jnp.where(state.count == 0, 1, newest(state.count))
+
+        def average(g: Any, d: jax.Array) -> jax.Array:
+            wide = trees.accumulator_dtype(d.dtype)
+            w = weight.astype(wide)
+            g, before = jnp.asarray(g, wide), d.astype(wide)
+            # With one product there is one way to round it: compilers fuse either of
+            # two with their sum, and which one depends on what else is in the chain.
+            mean = jnp.where(w == 1, g, before + w * (g - before))
+            if d.dtype == wide:
+                return mean
+            limit: Any = jnp.finfo(d.dtype)  # type: ignore[no-untyped-call]
+            return jnp.clip(mean, limit.min, limit.max).astype(d.dtype)
+
+        updates = trees.map_present(average, updates, state.direction)
+        direction = jax.tree.map(
+            lambda u, d: d if trees.is_absent(u) else u,
+            updates,
+            state.direction,
+            is_leaf=trees.is_absent,
+        )
+        count = optax.safe_increment(state.count)
+        return updates, SuppressVarianceState(count, direction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SuppressVarianceState(NamedTuple):
+    """State of :func:`suppress_variance`.
+
+    Attributes:
+      count: Number of steps taken, an int32 scalar.
+      direction: The average :math:`d_t`, a tree like the parameters.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    direction: chex.ArrayTree
+
+
+def _floating_dtype(dtype: Any) -> Any:
+    try:
+        # inject_hyperparams takes a dtype for a schedule and hands on an array.
+        resolved = None if isinstance(dtype, jax.Array) else jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
+        raise TypeError(
+            "suppress_variance: accumulator_dtype must be a floating-point dtype, got "
+            f"{dtype!r}; pass for example jnp.float32, or None for float32 or wider, "
+            "and name it in static_args under optax.inject_hyperparams."
+        )
+    return resolved

@@ -1,0 +1,1 @@
+"""What everything rests on: trees, hyperparameters, devices, the batch."""

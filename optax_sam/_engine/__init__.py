@@ -1,0 +1,1 @@
+"""The step: two passes, the ascent between them, and who ascends together."""

@@ -1,0 +1,263 @@
+r"""The sharpness-aware step, :math:`\text{ascent} \times \text{base}`.
+
+1. Clean pass: losses and gradient at :math:`w`.
+2. The ascent turns the clean gradient into a displacement :math:`\varepsilon`.
+3. Perturbed pass: the gradient at :math:`w + \varepsilon`.
+4. The base optimizer turns that gradient into the update of :math:`w`.
+
+Nothing here knows a method: each is an ascent, an ordinary gradient transformation.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam._base.devices import AxisName, Devices, place_like
+from optax_sam._base.hyperparameters import check_integer
+from optax_sam._engine import micro_batches, protocol
+from optax_sam._engine.ascend import Step
+
+
+def sharpness_aware(
+    base: optax.GradientTransformation,
+    ascent: optax.GradientTransformation,
+    *,
+    micro_batch_size: int | None = None,
+    micro_batches_at_once: int | None = 1,
+    axis_name: AxisName | None = None,
+    sync_ascent: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Descends along the gradient at the point that an ascent leads to.
+
+    .. math::
+      \varepsilon_t = \text{ascent}(\nabla f(w_t)), \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    The ascent's output points uphill: it is added to the parameters as it is. Leaves
+    that the ascent gives back as `optax.MaskedNode` are not perturbed. Ascents combine
+    with :func:`optax.chain`.
+
+    A clean gradient that is not finite gives :math:`\varepsilon = 0` and leaves the
+    ascent's state as it was; of an ascent that takes a gradient of its own, what it
+    makes of that counts. What the base then does with the gradient at :math:`w` is
+    up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
+    the ascent count the ascents that were made.
+
+    Where wrappers go: what acts on the gradient that moves the parameters
+    (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
+    the base*. `optax.chain(clip, sharpness_aware(...))` clips the ascent only,
+    `optax.MultiSteps(sharpness_aware(...), k)` descends along the last of `k`
+    gradients, and inside `optax.masked` the step is refused.
+
+    With `micro_batch_size` this is m-SAM: the micro-batches :math:`I_1, \dots, I_k` of
+    a batch ascend each for itself, and the base descends along the mean,
+
+    .. math::
+      \frac{1}{k} \sum_{j=1}^{k} \nabla f_{I_j}(w_t + \varepsilon_{t,j}), \qquad
+      \varepsilon_{t,j} = \text{ascent}(\nabla f_{I_j}(w_t))
+
+    whatever the number of devices that hold the batch under `jit`. All of them start
+    from the ascent's state before the step, random numbers included, and the state then
+    advances once, by the whole batch and along the mean of the clean gradients: a
+    moving average is that of the whole batch, and so are the scores of
+    :func:`sparsify_by_fisher`. To advance it, a mask that is due is made once more than
+    there are rounds, and RW-SAM probes the whole batch once more. A micro-batch has
+    only its own examples for batch normalisation.
+
+    Args:
+      base: The optimizer that moves the parameters, any Optax transformation.
+      ascent: The transformation of the clean gradient into :math:`\varepsilon`, such as
+        :func:`optax_sam.scale_to_radius`.
+      micro_batch_size: Examples of a micro-batch, which must divide the batch; None for
+        the whole batch. Neighbours along the first axis of the batch's leaves make up a
+        micro-batch. With an axis of devices, those of one device do.
+      micro_batches_at_once: How many micro-batches are computed side by side, by
+        `jax.vmap`; the others wait, in `jax.lax.scan`, and take no memory beyond a sum
+        of gradients. None for all. It changes nothing but rounding. Where devices
+        share a batch, choose a multiple of their number: one at a time would be
+        computed by all of them. Unused without `micro_batch_size`.
+      axis_name: The axis, or axes, of `jax.shard_map` or `jax.pmap` over which devices
+        share the batch, where update is called inside of one: `grads`, `batch`,
+        `losses`, `pullback`, `value`, `grad` and what `grad_fn` returns are then those
+        of one device, and updates and state those of one device with all examples.
+        Inside of `shard_map` take `grads` and `pullback` with respect to
+        `jax.lax.pcast(params, axis_name, to="varying")`: with respect to `params`
+        itself JAX gives the sum over devices. :func:`value_and_update` with an
+        `axis_name` of its own does all that, and this one is not needed. Under `jit`,
+        where arrays may be sharded without an axis, leave it out.
+      sync_ascent: Whether all devices ascend together. If not, each ascends for itself,
+        along the gradient of its own examples: m-SAM with what a device has of the
+        batch as micro-batch. That saves one of two reductions of gradients, unless the
+        ascent keeps gradients in its state. Needs an axis.
+
+    Returns:
+      A transformation whose update is called as
+      `update(grads, state, params, *, loss_fn, batch, grad_fn, losses, pullback)`:
+
+      * `grads`: the clean gradient of the mean loss, a tree like `params`.
+      * `params`: pytree of floating-point arrays of any shapes. They are not modified.
+      * `loss_fn` and `batch`: `loss_fn(params, batch)` returns the losses of the
+        examples, shape `[B]`, or their mean as a scalar.
+      * `grad_fn`: optional, `grad_fn(params)` replaces the gradient of the mean of
+        `loss_fn` in the perturbed pass; then `loss_fn` is not needed. Not with
+        `micro_batch_size`, which also leaves `grads` unread unless a micro-batch is
+        the whole batch.
+      * `losses`, `pullback`: optional, the clean losses `[B]` and the function
+        `weights[B] -> gradient of sum(weights * losses)`, for ascents that weight
+        examples.
+      * `ascent_loss_fn`, `scoring_loss_fn`, `scoring_batch`: optional, the losses that
+        `losses` and the clean passes of micro-batches are of, in place of `loss_fn`;
+        those to score parameters by, and the examples to do it with.
+      * `axis_name`: as above, with the difference that `grads` is the mean over devices
+        already.
+
+      All of these reach the ascent. The base gets every other extra argument, and of
+      these only what its update spells out by name (its own update, not one inside a
+      chain). :func:`value_and_update` makes the call with all of them. Updates have
+      the dtypes that the base gives them.
+
+    Raises:
+      TypeError: If `base` or `ascent` is no transformation, a number of micro-batches
+        or their size no integer, or `sync_ascent` no bool; in init and update, if a
+        parameter is not real floating point or `loss_fn` cannot be called or returns
+        no array.
+      ValueError: If a size or number is less than 1; in update, if `params`, or
+        `loss_fn` and `batch` as well as `grad_fn`, are missing, if losses or gradients
+        have the wrong shape, if the batch cannot be cut into micro-batches, or if an
+        axis is missing, unknown, or not what update is told.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.sharpness_aware(
+      ...     optax.sgd(1.0), optax_sam.scale_to_radius(rho=0.5)
+      ... )
+      >>> params = jnp.array([3.0, 4.0])
+      >>> grad_fn = jax.grad(lambda w: 0.5 * jnp.sum(w**2))
+      >>> updates, state = tx.update(
+      ...     grad_fn(params), tx.init(params), params, grad_fn=grad_fn
+      ... )
+      >>> print(updates)  # minus the gradient at (3.3, 4.4)
+      [-3.3 -4.4]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, also for m-SAM
+    """
+    base = protocol.as_transformation("base", base)
+    ascent = protocol.as_transformation("ascent", ascent)
+    for name, value in (
+        ("micro_batch_size", micro_batch_size),
+        ("micro_batches_at_once", micro_batches_at_once),
+    ):
+        if value is not None:
+            check_integer("sharpness_aware", name, value, low=1, static=True)
+    if not isinstance(sync_ascent, bool):
+        raise TypeError(
+            f"sharpness_aware: sync_ascent must be True or False, got {sync_ascent!r}."
+        )
+
+    def init_fn(params: optax.Params) -> SharpnessAwareState:
+        protocol.check_parameters(params)
+        state = SharpnessAwareState(ascent.init(params), base.init(params))
+        placed: SharpnessAwareState = place_like(state, params)
+        return placed
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SharpnessAwareState,
+        params: optax.Params | None = None,
+        *,
+        loss_fn: Callable[..., jax.Array] | None = None,
+        batch: Any = protocol.MISSING,
+        grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SharpnessAwareState]:
+        protocol.check_parameters(params)
+        protocol.check_gradient("grads", updates, params)
+        _check_state(state)
+        if micro_batch_size is not None and grad_fn is not None:
+            raise ValueError(
+                "sharpness_aware: with micro_batch_size each micro-batch has a "
+                "gradient of its own, which grad_fn(params) cannot give; pass loss_fn "
+                "and batch in its place."
+            )
+        gradient_at = protocol.gradient_function(loss_fn, batch, grad_fn)
+        devices = _devices_of(axis_name, sync_ascent, extra_args)
+        if "axis_name" not in extra_args:  # Then these are a device's own.
+            own = {name: extra_args.get(name) for name in ("value", "grad")}
+            extra_args |= devices.mean(protocol.given(**own))
+        extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
+        ascend = partial(ascent.update, state=state.ascent_state)
+        step = Step(ascend, params, gradient_at, extra_args, devices)
+        size, at_once = micro_batch_size, micro_batches_at_once
+        if size is not None and not (
+            sync_ascent and micro_batches.is_whole(batch, size, devices)
+        ):
+            passes, ascent_state = step.over_micro_batches(size, at_once)
+        elif sync_ascent:
+            passes, ascent_state = step.over_all(updates)
+        else:
+            passes, ascent_state = step.over_devices(updates)
+        ascent_state = jax.tree.map(
+            lambda new, old: jnp.where(passes.finite, new, old),
+            ascent_state,
+            state.ascent_state,
+        )
+        updates, base_state = base.update(
+            passes.gradient,
+            state.base_state,
+            params,
+            **protocol.accepted(base.update, extra_args, withhold=protocol.ARGUMENTS),
+        )
+        return updates, SharpnessAwareState(ascent_state, base_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of :func:`sharpness_aware`.
+
+    Attributes:
+      ascent_state: State of the ascent.
+      base_state: State of the base optimizer.
+    """
+
+    ascent_state: optax.OptState
+    base_state: optax.OptState
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, SharpnessAwareState):
+        raise TypeError(
+            "sharpness_aware: state must be a SharpnessAwareState, got "
+            f"{type(state).__name__}; start from tx.init(params) of this very "
+            "transformation."
+        )
+
+
+def _devices_of(
+    axis_name: AxisName | None, sync_ascent: bool, extra_args: dict[str, Any]
+) -> Devices:
+    """The devices that share the batch, by the name given here or to the update."""
+    shared = extra_args.get("axis_name")
+    names = [n if isinstance(n, tuple) else (n,) for n in (axis_name, shared)]
+    if None not in (axis_name, shared) and names[0] != names[1]:
+        raise ValueError(
+            f"sharpness_aware: axis_name = {axis_name!r}, but update was called with "
+            f"axis_name = {shared!r}; name the axis in one place only, which for "
+            "optax_sam.value_and_update is there."
+        )
+    devices = Devices(axis_name if shared is None else shared)
+    devices.check("sharpness_aware")
+    if devices.axis_name is None and not sync_ascent:
+        raise ValueError(
+            "sharpness_aware: sync_ascent=False lets every device ascend for itself, "
+            "and axis_name is missing; pass the axis of jax.shard_map or jax.pmap, "
+            "here or to optax_sam.value_and_update. Under jax.jit micro_batch_size "
+            "does the same."
+        )
+    return devices

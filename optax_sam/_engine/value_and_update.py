@@ -1,0 +1,234 @@
+"""The training step of any Optax optimizer, sharpness-aware or not.
+
+It makes the call that `tx.update` wants: one clean pass, linearised once, and every
+argument of the step protocol.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import optax
+
+from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
+from optax_sam._engine import protocol
+
+LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
+
+
+def value_and_update(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    ascent_loss_fn: Callable[..., Any] | None = None,
+    scoring_loss_fn: Callable[..., Any] | None = None,
+    axis_name: AxisName | None = None,
+) -> Callable[..., tuple[Any, optax.Updates, optax.OptState]]:
+    r"""Makes the training step of any Optax optimizer, sharpness-aware or not.
+
+    .. math::
+      \text{value} = \frac{1}{B} \sum_{i=1}^{B} \ell_i(w), \qquad
+      \text{updates} = \text{tx}(\nabla\,\text{value})
+
+    The clean pass is linearised once, and whatever weighting of the examples a method
+    needs is pulled back through that one linearisation. Beside the step protocol (see
+    :func:`sharpness_aware`) `tx` gets `value`, `grad`, `value_fn` and `obj_fn` of the
+    clean mean loss, so that line searches and Sophia work as well.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns the losses of the examples, shape `[B]`,
+        or their mean as a scalar; with `has_aux`, a pair of that and any pytree. The
+        first of `args` is the batch; the others (a PRNG key, batch statistics) are the
+        same in both passes, so dropout draws are too.
+      tx: The optimizer.
+      has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
+        only, so batch statistics never see perturbed parameters.
+      ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
+        may read a cheaper gradient: that of layers from :mod:`optax_sam.implicit`, or
+        of a part of the batch. The perturbed pass remains that of `loss_fn`. It is
+        called as `loss_fn`, with `micro_batch_size` also on every micro-batch, and
+        returns the same kind of values, which are what the step reports. An optimizer
+        that is not sharpness-aware descends along its gradient.
+      scoring_loss_fn: Called as `loss_fn`, and returns losses `[B]` without auxiliary
+        data: what :func:`sparsify_by_fisher` scores parameters by in place of
+        `loss_fn`, such as those in evaluation mode.
+      axis_name: The axis, or axes, of `jax.shard_map` or `jax.pmap` over which devices
+        share the batch, where the step is called inside of one. Parameters and state
+        are the same on all devices, and the step is that of one device with all of the
+        examples: `value` and updates are means over devices. Auxiliary data remain
+        those of each device.
+
+    Returns:
+      A function `step(params, opt_state, *args) -> (value, updates, opt_state)`.
+      `value` is the clean mean loss, a scalar in float32 or wider, or the pair of it
+      and the auxiliary data. Pass `updates` to `optax.apply_updates`.
+
+    Raises:
+      TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if
+        a parameter is not real floating point or the loss no array.
+      ValueError: In the step, if the losses have more than one axis or none in number,
+        if parameters are missing, if `axis_name` is no axis, or if losses differ
+        between devices of `jax.shard_map` that it does not name.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> def loss_fn(params, batch):
+      ...     x, y = batch
+      ...     return (x @ params - y) ** 2
+      >>> tx = optax_sam.sam(optax.sgd(0.1), rho=0.05)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params = jnp.zeros(2)
+      >>> batch = (jnp.eye(2), jnp.ones(2))
+      >>> value, updates, opt_state = step(params, tx.init(params), batch)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(value, params.round(3))
+      1.0 [0.104 0.104]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+    tx = protocol.as_transformation("tx", tx)
+    devices = Devices(axis_name)
+    perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)
+    clean_fn = perturbed_fn
+    if ascent_loss_fn is not None:
+        clean_fn = _losses_and_aux("ascent_loss_fn", ascent_loss_fn, has_aux)
+    if scoring_loss_fn is not None:
+        score_fn = _losses_and_aux("scoring_loss_fn", scoring_loss_fn, has_aux=False)
+
+    def step(
+        params: optax.Params, opt_state: optax.OptState, *args: Any
+    ) -> tuple[Any, optax.Updates, optax.OptState]:
+        protocol.check_parameters(params)
+        devices.check("value_and_update")
+        own_params = devices.vary(params)
+        losses, pullback, aux = protocol.linearise(
+            lambda p: clean_fn(p, *args), own_params, has_aux=True
+        )
+        _check_axes(losses, own_params)
+
+        def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
+            first = 1 if args else 0
+            return lambda params, batch: fn(params, *(batch,)[:first], *args[first:])[0]
+
+        clean = protocol.clean_arguments(losses, pullback)
+        for name in ("value", "grad"):
+            clean[name] = devices.mean(clean[name])
+        batch = args[0] if args else ()
+        batch_losses = of_batch(perturbed_fn)
+        value_fn = _value_function(batch_losses, batch, devices)
+        extra_args = clean | {
+            "loss_fn": batch_losses,
+            "batch": batch,
+            "value_fn": value_fn,
+            "obj_fn": value_fn,
+        }
+        if axis_name is not None:
+            extra_args["axis_name"] = axis_name
+        if scoring_loss_fn is not None:
+            extra_args["scoring_loss_fn"] = of_batch(score_fn)
+        if ascent_loss_fn is not None:
+            extra_args["ascent_loss_fn"] = of_batch(clean_fn)
+        updates, opt_state = tx.update(
+            clean["grad"],
+            opt_state,
+            params,
+            **protocol.accepted(tx.update, extra_args),
+        )
+        value = clean["value"]
+        return ((value, aux) if has_aux else value), updates, opt_state
+
+    return step
+
+
+def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
+    """Makes a function that returns losses and auxiliary data, None without any."""
+    if not callable(fn):
+        raise TypeError(
+            f"value_and_update: {name} must be a function, called as "
+            f"{name}(params, *args); got {fn!r}."
+        )
+
+    def losses_and_aux(params: optax.Params, *args: Any) -> tuple[jax.Array, Any]:
+        out = fn(params, *args)
+        if not has_aux:
+            return protocol.check_losses(out), None
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                f"value_and_update: with has_aux=True {name} must return a pair "
+                f"(losses, aux), got {type(out).__name__}; return the pair or drop "
+                "has_aux."
+            )
+        return protocol.check_losses(out[0]), out[1]
+
+    return losses_and_aux
+
+
+def _check_axes(losses: jax.Array, params: optax.Params) -> None:
+    """Refuses losses whose gradients JAX would add up over devices."""
+    axes = axes_of(losses) - axes_of(params)
+    if axes:
+        raise ValueError(
+            f"value_and_update: losses differ along the axes {sorted(map(str, axes))} "
+            "of jax.shard_map and parameters do not, so that JAX would add up the "
+            "devices' gradients; pass axis_name=..., for the mean over these devices, "
+            "or let loss_fn return it by jax.lax.pmean."
+        )
+
+
+def _value_function(
+    loss_fn: Callable[..., jax.Array], batch: Any, devices: Devices
+) -> Callable[..., jax.Array]:
+    """The clean mean loss as a function of params alone, for line searches."""
+
+    def own_loss(params: optax.Params) -> jax.Array:
+        loss: jax.Array = vary_like(protocol.mean_loss(loss_fn(params, batch)), params)
+        return loss
+
+    alone = devices.axis_name is None
+    mean_loss = own_loss if alone else _over_devices(own_loss, devices)
+
+    # A line search hands its value_fn the extra arguments that it names, and fails on
+    # those that nobody names: hence names for all that value_and_update passes.
+    def value_fn(
+        params: optax.Params,
+        loss_fn: Any = loss_fn,
+        batch: Any = batch,
+        losses: Any = None,
+        pullback: Any = None,
+        obj_fn: Any = None,
+        scoring_loss_fn: Any = None,
+        ascent_loss_fn: Any = None,
+        axis_name: Any = None,
+    ) -> jax.Array:
+        del losses, pullback, obj_fn, scoring_loss_fn, ascent_loss_fn, axis_name
+        return mean_loss(params)
+
+    return value_fn
+
+
+def _over_devices(
+    value_fn: Callable[[optax.Params], jax.Array], devices: Devices
+) -> Callable[[optax.Params], jax.Array]:
+    """The mean over devices of a value, whose gradient is the mean of theirs.
+
+    By a rule of its own: plain differentiation of a mean over devices gives this or
+    the gradient of one device, depending on `check_vma`.
+    """
+
+    def forward(params: optax.Params) -> tuple[jax.Array, optax.Updates]:
+        value, gradient = jax.value_and_grad(value_fn)(devices.vary(params))
+        mean: tuple[jax.Array, optax.Updates] = devices.mean((value, gradient))
+        return mean
+
+    def backward(gradient: optax.Updates, g: jax.Array) -> tuple[optax.Updates]:
+        return (jax.tree.map(lambda x: (g * x).astype(x.dtype), gradient),)
+
+    mean_value: Any = jax.custom_vjp(
+        lambda params: devices.mean(value_fn(devices.vary(params)))
+    )
+    mean_value.defvjp(forward, backward)
+    of_all: Callable[[optax.Params], jax.Array] = mean_value
+    return of_all

@@ -1,0 +1,1 @@
+"""From scores of parameters to masks: patterns, exact top-k, Fisher scores."""

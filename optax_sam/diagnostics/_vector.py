@@ -1,0 +1,134 @@
+"""Trees of arrays as vectors: inner products, random directions, points near params.
+
+Leaf by leaf, in float32 or wider whatever the dtype of the parameters. A leaf that is
+`optax.MaskedNode` counts as zeros.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_sam._base import trees
+from optax_sam._engine import protocol
+
+
+def size(tree: chex.ArrayTree) -> int:
+    """The number of entries."""
+    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
+
+
+def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The tree in float32 or wider."""
+    return trees.map_present(lambda x: jnp.asarray(x, _wide(x)), tree)
+
+
+def zeros_like(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Zeros in float32 or wider, placed as the leaves are."""
+    return trees.map_present(
+        lambda x: place(jnp.zeros(jnp.shape(x), _wide(x)), x), tree
+    )
+
+
+def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+    """The inner product of two trees in float32 or wider."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), widen(a), widen(b))
+    return jnp.sum(trees.stack(products))
+
+
+def norm(tree: chex.ArrayTree) -> jax.Array:
+    """The Euclidean norm; no square in it overflows or vanishes."""
+    tree = widen(tree)
+    peaks = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    largest = jnp.max(trees.stack(peaks), initial=0.0)
+    # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
+    relative = scale(tree, 1 / jnp.where(largest == 0, 1, largest))
+    return largest * jnp.sqrt(dot(relative, relative))
+
+
+def unit(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The tree divided by its norm; zeros stay zeros."""
+    scaled = trees.scale_to_norm(tree, 1.0)
+    # Under x64 it is in float64 whatever came in, which no loop would carry on.
+    return trees.map_present(lambda x, y: x.astype(_wide(y)), scaled, tree)
+
+
+def scale(tree: chex.ArrayTree, factor: chex.Numeric) -> chex.ArrayTree:
+    """The tree times a scalar, in its own dtypes."""
+    return trees.map_present(lambda x: x * jnp.asarray(factor, x.dtype), tree)
+
+
+def add(x: chex.ArrayTree, y: chex.ArrayTree, factor: chex.Numeric = 1.0) -> Any:
+    """The sum `x + factor * y`, in the dtypes of `x`."""
+    return trees.map_present(
+        lambda a, b: a + jnp.asarray(factor, a.dtype) * b.astype(a.dtype), x, y
+    )
+
+
+def draw(
+    sampler: Callable[..., jax.Array], key: jax.Array, like: chex.ArrayTree
+) -> chex.ArrayTree:
+    """Draws a tree with `sampler(key, shape, dtype)`, the same for every sharding."""
+    leaves, structure = jax.tree.flatten(like)
+    drawn = [
+        place(sampler(jax.random.fold_in(key, i), jnp.shape(x), _wide(x)), x)
+        for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def point(params: optax.Params, displacement: chex.ArrayTree) -> optax.Params:
+    """The parameters displaced, in their dtypes; one rounding for the sum."""
+
+    def move(d: Any, p: Any) -> Any:
+        if trees.is_absent(d):
+            return p
+        return (jnp.asarray(p, _wide(p)) + d.astype(_wide(p))).astype(
+            jnp.result_type(p)
+        )
+
+    return jax.tree.map(move, displacement, params, is_leaf=trees.is_absent)
+
+
+def losses_function(
+    loss_fn: Any, params: optax.Params, batch: Any
+) -> Callable[[chex.ArrayTree], jax.Array]:
+    """The losses of a batch, as a function of parameters in float32 or wider.
+
+    They are rounded to the dtypes of `params` for `loss_fn`, which may rely on those.
+    """
+    protocol.check_parameters(params)
+    loss_fn = protocol.checked("loss_fn", loss_fn, "params", "batch")
+
+    def losses(wide: chex.ArrayTree) -> jax.Array:
+        at = trees.cast_like(wide, params)
+        found: jax.Array = widen(protocol.check_losses(loss_fn(at, batch)))
+        return found
+
+    return losses
+
+
+def place(x: jax.Array, like: Any) -> jax.Array:
+    """Places `x`, of the shape of `like` behind any leading axes, as `like` is placed.
+
+    New arrays, of zeros or random numbers, would otherwise be made on every device.
+    """
+    sharding = jax.typeof(like).sharding
+    leading = x.ndim - jnp.ndim(like)
+    if AxisType.Explicit in (sharding.mesh.axis_types or ()):
+        make: Any = PartitionSpec  # Its constructor is not typed.
+        spec = make(*(None,) * leading, *sharding.spec)
+        reshard: Callable[..., jax.Array] = jax.sharding.reshard
+        return reshard(x, NamedSharding(sharding.mesh, spec))
+    # Never, but XLA does not know, and computes entries where `like` has them.
+    never = jnp.isnan(like) & (like == 0)
+    return jnp.where(jnp.expand_dims(never, tuple(range(leading))), jnp.ones_like(x), x)
+
+
+def _wide(x: Any) -> Any:
+    return trees.accumulator_dtype(jnp.result_type(x))

@@ -1,0 +1,700 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+import test_cost
+from benchmarks import step_cost
+
+import optax_sam
+from optax_sam import implicit, reweight_by_sharpness
+from optax_sam._ascents import rw_sam as rw_sam_module
+
+
+def rw_sam(base, rho=0.1, strength=1.0, key=0, **kwargs):
+    link = reweight_by_sharpness(strength, key=key, **kwargs)
+    ascent = optax.chain(link, optax_sam.scale_to_radius(rho))
+    return optax_sam.sharpness_aware(base, ascent)
+
+
+def update(link, problem, state=None, grads=None):
+    """One update of an ascent by hand, without the clean pass of the caller."""
+    run = jax.jit(functools.partial(link.update, loss_fn=problem.loss_fn))
+    return run(
+        problem.params if grads is None else grads,
+        link.init(problem.params) if state is None else state,
+        problem.params,
+        batch=problem.batch,
+    )
+
+
+def example(problem, i):
+    return problem._replace(batch=jax.tree.map(lambda x: x[i : i + 1], problem.batch))
+
+
+def num_examples(problem):
+    return jax.tree.leaves(problem.batch)[0].shape[0]
+
+
+def slopes(problem, count=0, **kwargs):
+    """The s_i, by a batch of each example alone: the signs do not depend on it."""
+    link = reweight_by_sharpness(1.0, **{"key": 0, **kwargs})
+
+    def of(example):
+        state = link.init(problem.params)._replace(count=jnp.int32(count))
+        alone = problem._replace(batch=jax.tree.map(lambda x: x[None], example))
+        return update(link, alone, state)[1].mean_directional_norm
+
+    return np.asarray(jax.jit(jax.vmap(of))(problem.batch), np.float64)
+
+
+def lines(slopes, losses=0.0, dtype=jnp.float32):
+    """Losses `c_i + a_i w` of a scalar, so that s_i = |a_i|."""
+    slopes = jnp.asarray(slopes, dtype)
+    losses = jnp.broadcast_to(jnp.asarray(losses, dtype), slopes.shape)
+
+    def loss_fn(params, batch):
+        return batch[0] + batch[1] * params
+
+    return problems.Problem(jnp.zeros([], dtype), loss_fn, (losses, slopes))
+
+
+def weights(strength, problem, **kwargs):
+    """The weights that the examples get, and the state; derivatives are exact."""
+    link = reweight_by_sharpness(strength, **{"key": 0, "estimator": "jvp", **kwargs})
+
+    @jax.jit
+    def run(params, batch):
+        seen = []
+        _, state = link.update(
+            params,
+            link.init(params),
+            params,
+            loss_fn=problem.loss_fn,
+            batch=batch,
+            losses=problem.loss_fn(params, batch),
+            pullback=lambda w: seen.append(w) or params,
+        )
+        return seen[0], state
+
+    return run(problem.params, problem.batch)
+
+
+def gibbs(exponents):
+    p = np.exp(exponents - np.max(exponents))
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"num_probes": 3}, {"estimator": "jvp"}, {"normalize": True}],
+    ids=lambda kwargs: next(iter(kwargs), "default"),
+)
+def test_closed_form(kwargs):
+    problem, strength = problems.perceptron(), 0.3
+    link = reweight_by_sharpness(strength, key=0, **kwargs)
+    gradient, state = update(link, problem)
+    s = slopes(problem, **kwargs)
+    p = gibbs(strength * s / (s.mean() if "normalize" in kwargs else 1.0))
+    assert p.max() > 1.5 * p.min()
+
+    def weighted(params):
+        return jnp.sum(jnp.asarray(p) * problem.loss_fn(params, problem.batch))
+
+    expected = jax.grad(weighted)(problem.params)
+    # The difference of two losses near 2, over 1e-4, is off by up to 1e-2.
+    problems.assert_trees_close(gradient, expected, rtol=1e-2, atol=2e-3)
+    assert state.effective_sample_size == pytest.approx(1 / np.sum(p**2), rel=1e-2)
+    assert state.largest_weight == pytest.approx(p.max(), rel=1e-2)
+    assert state.mean_directional_norm == pytest.approx(s.mean(), rel=1e-2)
+    assert state.count == 1
+
+
+def test_several_probes_give_the_root_mean_square():
+    # |z_1 + z_2| is 0 or 2, so that the mean of four squares is a whole number.
+    batch = (jnp.zeros(1), jnp.ones((1, 2)))
+    line = problems.Problem(jnp.zeros(2), lambda w, b: b[0] + b[1] @ w, batch)
+    kwargs = {"num_probes": 4, "estimator": "jvp"}
+    squares = [slopes(line, count, **kwargs)[0] ** 2 for count in range(12)]
+    np.testing.assert_allclose(squares, np.round(squares), atol=1e-5)
+    assert len(set(np.round(squares))) > 2
+
+
+def test_finite_differences_tend_to_the_derivative():
+    problem = problems.perceptron(sizes=(16, 32, 32, 4))
+    exact = slopes(problem, estimator="jvp")
+
+    def error(delta):
+        return np.abs(slopes(problem, delta=delta) - exact).sum() / exact.sum()
+
+    errors = [error(delta) for delta in (1e-1, 1e-2, 1e-3)]
+    # The error is proportional to delta, until rounding takes over.
+    for larger, smaller in itertools.pairwise(errors):
+        assert 5 < larger / smaller < 20
+    assert error(1e-4) < 5e-3
+
+
+def test_jvp_works_in_bfloat16_where_differences_do_not():
+    problem = problems.perceptron(jnp.bfloat16, sizes=(16, 32, 32, 4))
+    wide = problem._replace(
+        params=jax.tree.map(lambda x: x.astype(jnp.float32), problem.params)
+    )
+    exact = slopes(wide, estimator="jvp")
+    assert np.abs(slopes(problem, estimator="jvp") - exact).sum() < 0.1 * exact.sum()
+    assert np.abs(slopes(problem) - exact).sum() > 0.5 * exact.sum()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"num_probes": 2}, {"estimator": "jvp"}, {"normalize": True}],
+    ids=lambda kwargs: next(iter(kwargs), "default"),
+)
+@pytest.mark.parametrize("batch_size", [7, 16])
+def test_strength_zero_is_sam_bit_for_bit(kwargs, batch_size):
+    problem = problems.perceptron(batch_size=batch_size)
+    base = optax.sgd(0.1, momentum=0.9)
+    expected, _ = problems.train(optax_sam.sam(base, 0.1), problem, 10)
+    params, _ = problems.train(rw_sam(base, strength=0.0, **kwargs), problem, 10)
+    problems.assert_trees_equal(params, expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 16, 100])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_weights_are_uniform_where_that_is_sam(size, dtype):
+    equal, flat, varied = (
+        lines(slopes, 1.0, dtype)
+        for slopes in (jnp.full(size, 3.0), jnp.zeros(size), jnp.arange(size) + 1)
+    )
+    for strength, lined in ((0.0, varied), (2.0, equal), (1e30, equal), (1.0, flat)):
+        p, state = weights(strength, lined, normalize=strength == 2.0)
+        np.testing.assert_array_equal(p, jnp.full(size, 1 / size, dtype))
+        assert state.effective_sample_size == pytest.approx(size, rel=1e-2)
+    assert weights(0.0, varied)[1].mean_directional_norm == pytest.approx(
+        (size + 1) / 2
+    )
+
+
+@pytest.mark.parametrize("strength", [1e30, lambda count: jnp.inf], ids=["1e30", "inf"])
+@pytest.mark.parametrize("estimator", ["finite_difference", "jvp"])
+def test_unbounded_strength_is_the_ascent_of_the_sharpest_example(strength, estimator):
+    problem = problems.perceptron()
+    link = reweight_by_sharpness(strength, key=0, estimator=estimator)
+    ascent = optax.chain(link, optax_sam.scale_to_radius(0.1))
+    epsilon, state = update(ascent, problem)
+    sharpest = int(np.argmax(slopes(problem, estimator=estimator)))
+    grads = jax.grad(problems.mean_loss(example(problem, sharpest)))(problem.params)
+    alone = optax_sam.scale_to_radius(0.1)
+    expected = alone.update(grads, alone.init(grads))[0]
+    problems.assert_trees_close(epsilon, expected, rtol=1e-4, atol=1e-6)
+    assert optax.tree.get(state, "largest_weight") == 1
+    assert optax.tree.get(state, "effective_sample_size") == 1
+
+
+def test_normalize_takes_the_scale_of_the_loss_out():
+    a = np.array([1.0, 2.0, 4.0])
+    plain, _ = weights(0.7, lines(a), normalize=True)
+    scaled, state = weights(0.7, lines(1e6 * a), normalize=True)
+    np.testing.assert_allclose(plain, gibbs(0.7 * a / a.mean()), rtol=1e-6)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-6)
+    assert state.mean_directional_norm == pytest.approx(1e6 * a.mean())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 1e30])
+@pytest.mark.parametrize(
+    "slopes",
+    [
+        [1.0, jnp.inf, 2.0],
+        [1.0, jnp.nan, 2.0],
+        [3e38, 1.0, 3e38, 2e38],
+        [0.0, 0.0],
+        [1e-40, 0.0],
+        [jnp.nan, jnp.inf],
+        [jnp.nan],
+        [1e30, jnp.inf, -jnp.inf, jnp.nan, 0.0],
+    ],
+    ids=str,
+)
+def test_weights_of_any_slopes(slopes, strength, normalize):
+    p, state = weights(strength, lines(slopes), normalize=normalize)
+    finite = np.isfinite(slopes)
+    assert np.all(np.isfinite(p))
+    assert np.sum(p) == pytest.approx(1.0)
+    if finite.any():
+        assert np.all(np.asarray(p)[~finite] == 0)
+    else:
+        np.testing.assert_array_equal(p, np.full(len(slopes), 1 / len(slopes), "f"))
+    scalars = optax.tree.map_params(lambda _: state, lambda x: x, state)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(scalars))
+    assert 1 - 1e-6 <= state.effective_sample_size <= len(slopes) + 1e-5
+
+
+def test_an_example_whose_probe_overflows_gets_no_weight():
+    def loss_fn(w, x):  # The second example is on the brink whatever the signs.
+        return jnp.where(jnp.arange(3) == 1, jnp.where(w == 0, 0.0, jnp.inf), x * w)
+
+    wall = problems.Problem(jnp.zeros([]), loss_fn, jnp.array([1.0, 2.0, 3.0]))
+    p, state = weights(1.0, wall, estimator="finite_difference")
+    np.testing.assert_allclose(p, np.insert(gibbs([1.0, 3.0]), 1, 0), rtol=1e-6)
+    assert state.mean_directional_norm == pytest.approx(2.0)
+    p, _ = weights(0.0, wall, estimator="finite_difference")
+    np.testing.assert_array_equal(p, np.full(3, 1 / 3, np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("estimator", ["finite_difference", "jvp"])
+def test_a_bad_example_leaves_the_ascent_as_it_was(bad, estimator):
+    problem = problems.perceptron()
+    ascent = optax.chain(
+        reweight_by_sharpness(1.0, key=0, estimator=estimator),
+        optax_sam.suppress_variance(0.4),
+        optax_sam.scale_to_radius(0.1),
+    )
+    tx = optax_sam.sharpness_aware(optax.apply_if_finite(optax.sgd(0.1), 9), ascent)
+    step = jax.jit(optax_sam.value_and_update(problem.loss_fn, tx))
+    _, _, before = step(problem.params, tx.init(problem.params), problem.batch)
+    x, labels = problem.batch
+    _, updates, after = step(problem.params, before, (x.at[3, 0].set(bad), labels))
+    problems.assert_trees_equal(after.ascent_state, before.ascent_state)
+    assert problems.norm(updates) == 0
+    assert after.base_state.notfinite_count == 1
+    _, updates, _ = step(problem.params, after, problem.batch)
+    assert 0 < problems.norm(updates) < np.inf
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e30])
+def test_losses_of_any_size_keep_parameters_finite(scale):
+    problem = problems.perceptron()
+    scaled = problem._replace(loss_fn=lambda p, b: scale * problem.loss_fn(p, b))
+    params, opt_state = problems.train(rw_sam(optax.sgd(1e-33)), scaled, 3)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, opt_state)))
+    assert optax.tree.get(opt_state.ascent_state[0], "count") == 3
+
+
+def test_without_a_pullback_the_result_is_the_same():
+    problem = problems.perceptron()
+    tx = rw_sam(optax.sgd(0.1), estimator="jvp", num_probes=2)
+    step = optax_sam.value_and_update(problem.loss_fn, tx)
+    _, expected, state = step(problem.params, tx.init(problem.params), problem.batch)
+    updates, by_hand = update(tx, problem)
+    problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
+    problems.assert_trees_close(by_hand, state, rtol=1e-4)
+
+
+def test_draws_depend_on_key_and_count_only():
+    problem, key = problems.perceptron(), jax.random.key(5)
+    expected = slopes(problem, 3, key=5)
+    for other in (key, jax.random.key_data(key), np.asarray(jax.random.PRNGKey(5))):
+        np.testing.assert_array_equal(slopes(problem, 3, key=other), expected)
+    assert np.all(slopes(problem, 4, key=5) != expected)
+    assert np.all(slopes(problem, 3, key=6) != expected)
+    link = reweight_by_sharpness(1.0, key=5)
+    _, state = update(link, problem)
+    np.testing.assert_array_equal(state.key, jax.random.key_data(key))
+    rbg = jax.random.key(5, impl="rbg")
+    assert np.all(np.isfinite(slopes(problem, 3, key=rbg)))
+
+
+def test_signs_are_fair_and_independent():
+    draws, shape = 4000, (3, 70)  # More than two words of 32 bits.
+    like = jnp.zeros(shape, jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), draws)
+    z = jax.jit(jax.vmap(lambda key: rw_sam_module._signs(key, like)))(keys)
+    assert z.dtype == jnp.bfloat16
+    z = np.asarray(z, np.float32).reshape(draws, -1)
+    assert set(np.unique(z)) == {-1.0, 1.0}
+    assert np.abs(z.mean(0)).max() < 5 / np.sqrt(draws)
+    correlation = z.T @ z / draws - np.eye(z.shape[1])
+    # Six deviations: there are 22 thousand pairs.
+    assert np.abs(correlation).max() < 6 / np.sqrt(draws)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (31, 2), (2, 32), (1, 33)])
+def test_signs_of_any_shape(shape):
+    z = rw_sam_module._signs(jax.random.key(0), jnp.zeros(shape))
+    assert z.shape == shape
+    assert np.all(np.abs(z) == 1)
+
+
+def test_leaves_that_are_absent_are_neither_probed_nor_returned():
+    def loss_fn(params, batch):
+        return batch @ params["b"] + 100 * params["a"].sum() * batch[:, 0]
+
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    params = {"a": jnp.ones(4), "b": jnp.ones(3)}
+    both = problems.Problem(params, loss_fn, batch)
+    only_b = problems.Problem(params, lambda p, x: x @ p["b"], batch)
+    for estimator in ("finite_difference", "jvp"):
+        link = reweight_by_sharpness(0.5, key=0, estimator=estimator, delta=0.5)
+        out, state = update(
+            link, both, grads={"a": optax.MaskedNode(), "b": params["b"]}
+        )
+        assert out["a"] == optax.MaskedNode()
+        # The signs of "b" are those that it has when "a" is probed too.
+        expected, expected_state = update(link, only_b)
+        # Losses near 400 are rounded.
+        np.testing.assert_allclose(out["b"], expected["b"], rtol=1e-3, atol=1e-3)
+        assert state.mean_directional_norm == pytest.approx(
+            float(expected_state.mean_directional_norm), rel=1e-3
+        )
+        nothing, _ = update(link, both, grads=dict.fromkeys(params, optax.MaskedNode()))
+        assert jax.tree.leaves(nothing) == []
+
+
+def test_composes_with_the_other_ascents():
+    problem, rho = problems.perceptron(), 0.1
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    ascent = optax.chain(
+        optax_sam.perturb_only(matrices),
+        reweight_by_sharpness(0.5, key=jax.random.key(0), num_probes=2),
+        optax_sam.suppress_variance(0.4),
+        optax_sam.scale_to_radius(rho),
+    )
+    epsilon, _ = update(ascent, problem)
+    assert epsilon["b0"] == optax.MaskedNode()
+    assert problems.norm(epsilon) == pytest.approx(rho, rel=1e-5)
+    tx = optax_sam.sharpness_aware(optax.adam(1e-2), ascent)
+    params, opt_state = problems.train(tx, problem, 30)
+    loss = problems.mean_loss(problem)
+    assert loss(params) < 0.8 * loss(problem.params)
+    size = optax.tree.get(opt_state, "effective_sample_size")
+    assert 1 < size < num_examples(problem)
+    assert 1 / size <= optax.tree.get(opt_state, "largest_weight") < 1
+    assert optax.tree.get(opt_state, "mean_directional_norm") > 0
+
+
+def only_matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def everything(params):
+    return jax.tree.map(lambda p: True, params)
+
+
+def masks(pattern):
+    return optax_sam.sparsify_by_fisher(pattern, refresh_every=2)
+
+
+def exchanges(sparsity):
+    return optax_sam.sparsify_dynamically(
+        sparsity, refresh_every=2, decay_steps=10, key=0
+    )
+
+
+RADIUS = optax_sam.scale_to_radius(0.2)
+# The links of an ascent around those of RW-SAM, if any; `on` is the companion, and off
+# it is what SAM falls back to.
+COMPANIONS = {
+    "VaSSO": lambda links, on: (
+        *links,
+        optax_sam.suppress_variance(0.4 if on else 1.0),
+        RADIUS,
+    ),
+    "Fisher": lambda links, on: (
+        *links,
+        RADIUS,
+        masks(optax_sam.unstructured(0.5 if on else 0.0)),
+    ),
+    "N:M": lambda links, on: (
+        *links,
+        RADIUS,
+        masks(optax_sam.n_m(2 if on else 4, 4)),
+    ),
+    "dynamic": lambda links, on: (*links, RADIUS, exchanges(0.5 if on else 0.0)),
+    "static": lambda links, on: (
+        optax_sam.perturb_only(only_matrices if on else everything),
+        *links,
+        RADIUS,
+    ),
+    "VaSSO and Fisher": lambda links, on: (
+        *links,
+        optax_sam.suppress_variance(0.4 if on else 1.0),
+        RADIUS,
+        masks(optax_sam.unstructured(0.5 if on else 0.0)),
+    ),
+}
+SHALLOW = problems.perceptron(sizes=(6, 4))
+
+
+def trained(*links):
+    """Parameters after five steps, from many starts: a last bit may agree by chance."""
+    base = optax.sgd(0.1, momentum=0.9)
+    tx = optax_sam.sharpness_aware(base, optax.chain(*links))
+    run = problems.training(tx, SHALLOW, 5)
+    starts = [jax.tree.map(lambda p, k=k: p * k / 8, SHALLOW.params) for k in range(16)]
+    return [run(params, tx.init(params))[0] for params in starts]
+
+
+@functools.cache
+def trained_by_rw_sam():
+    return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_combined_methods_fall_back_to_each_other(name):
+    companion = COMPANIONS[name]
+    reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
+    alone = trained(*companion((), on=True))
+    even = trained(*companion((uniform,), on=True))
+    problems.assert_trees_equal(even, alone)
+    plain = trained(*companion((reweight,), on=False))
+    problems.assert_trees_equal(plain, trained_by_rw_sam())
+    combined = trained(*companion((reweight,), on=True))
+    for other in (alone, plain):
+        difference = jax.tree.map(jnp.subtract, combined, other)
+        assert problems.norm(difference) > 1e-4
+
+
+def test_the_average_is_that_of_reweighted_gradients():
+    problem, theta = problems.perceptron(), 0.4
+    link = reweight_by_sharpness(0.5, key=0)
+    chained = optax.chain(link, optax_sam.suppress_variance(theta))
+    _, state = update(chained, problem)
+    first, after = update(link, problem)
+    halved = problem._replace(params=jax.tree.map(lambda p: p / 2, problem.params))
+    second, _ = update(link, halved, after)
+    averaged, _ = update(chained, halved, state)
+    expected = jax.tree.map(lambda a, b: (1 - theta) * a + theta * b, first, second)
+    problems.assert_trees_close(averaged, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_of_the_reweighted_ascent_is_the_mask_of_the_fisher_information():
+    problem = problems.perceptron()
+    fisher, radius = masks(optax_sam.unstructured(0.5)), optax_sam.scale_to_radius(0.1)
+    link = reweight_by_sharpness(0.5, key=0)
+    masked, state = update(optax.chain(link, radius, fisher), problem)
+    whole, _ = update(optax.chain(link, radius), problem)
+    _, alone = update(fisher, problem)
+    problems.assert_trees_equal(state[2].mask, alone.mask)
+    expected = jax.tree.map(lambda m, e: jnp.where(m, e, 0), alone.mask, whole)
+    problems.assert_trees_equal(masked, expected)
+
+
+def direction(loss_fn, ascent_loss_fn, problem, strength=0.5):
+    """What RW-SAM makes of another loss in the clean pass, and its state."""
+    seen = []
+    spy = optax.stateless(lambda updates, params: seen.append(updates) or updates)
+    ascent = optax.chain(reweight_by_sharpness(strength, key=0), spy)
+    tx = optax_sam.sharpness_aware(optax.set_to_zero(), ascent)
+    step = optax_sam.value_and_update(loss_fn, tx, ascent_loss_fn=ascent_loss_fn)
+    state = tx.init(problem.params)
+    _, _, state = step(problem.params, state, problem.batch)
+    return seen[0], state.ascent_state[0]
+
+
+@pytest.mark.parametrize("size", [16, 5, 1])
+def test_slopes_are_those_of_the_loss_of_the_ascent(size):
+    """Another loss, or a part of the batch."""
+    problem = problems.perceptron()
+
+    def another_loss(params, batch):
+        part = jax.tree.map(lambda x: x[:size], batch)
+        return 3 * problem.loss_fn(params, part) + 1
+
+    gradient, state = direction(problem.loss_fn, another_loss, problem)
+    alone = problem._replace(loss_fn=another_loss)
+    expected, expected_state = update(reweight_by_sharpness(0.5, key=0), alone)
+    problems.assert_trees_close(gradient, expected, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(state[2:], expected_state[2:], rtol=1e-2)
+
+
+def test_gradients_of_an_implicit_backward_are_weighted():
+    """Its forward is exact: the weights are those of the dense network."""
+    problem = problems.perceptron(sizes=(6, 8, 4))
+
+    def loss_by(product):
+        def loss_fn(params, batch):
+            x, labels = batch
+            for i in range(2):
+                x = product(x, params[f"w{i}"], (((1,), (0,)), ((), ())))
+                x = x + params[f"b{i}"][None]
+                x = jnp.tanh(x) if i == 0 else x
+            return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+
+        return loss_fn
+
+    sparse = loss_by(implicit.Channels(0.5).dot_general)
+    gradient, state = direction(problem.loss_fn, sparse, problem)
+    dense, dense_state = update(reweight_by_sharpness(0.5, key=0), problem)
+    np.testing.assert_allclose(state[2:], dense_state[2:], rtol=1e-2)
+    problems.assert_trees_differ(gradient, dense)
+    # The last layer's bias is behind no product: its gradient is the dense one.
+    np.testing.assert_allclose(gradient["b1"], dense["b1"], rtol=2e-2, atol=1e-3)
+
+
+def test_schedules_see_the_count_of_steps():
+    def strength(count):
+        return jnp.where(count == 1, 1e30, 0.0)
+
+    problem = lines([1.0, 2.0])
+    link = reweight_by_sharpness(strength, key=0, delta=lambda count: 0.5 + count)
+    state, out = link.init(problem.params), []
+    for _ in range(3):
+        gradient, state = update(link, problem, state)
+        out.append(float(gradient))
+    assert out == [1.5, 2.0, 1.5]
+    assert state.count == 3
+
+
+def test_injected_hyperparameters():
+    problem = problems.perceptron()
+    static = ("key", "num_probes", "estimator", "normalize")
+    values = {"strength": 0.5, "delta": 1e-3, "key": 3, "num_probes": 2}
+    injected = optax.inject_hyperparams(reweight_by_sharpness, static_args=static)
+    (out, state), (expected, _) = (
+        update(link, problem)
+        for link in (injected(**values), reweight_by_sharpness(**values))
+    )
+    problems.assert_trees_close(out, expected, rtol=1e-5, atol=1e-7)
+    assert set(state.hyperparams) == {"strength", "delta"}
+    forgotten = optax.inject_hyperparams(reweight_by_sharpness)
+    with pytest.raises(TypeError, match=r"num_probes must be.*static_args"):
+        forgotten(**values).init(problem.params)
+
+
+def test_state_keeps_its_types_and_its_own_buffers():
+    problem, key = problems.perceptron(), jax.random.PRNGKey(0)
+    link = reweight_by_sharpness(1.0, key=key)
+    first, second = link.init(problem.params), link.init(problem.params)
+    _, after = update(link, problem, first)
+    for old, new in zip(first, after, strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+        assert old.weak_type == new.weak_type
+    leaves = [key, *jax.tree.leaves((first, second))]
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
+@pytest.mark.usefixtures("x64")
+def test_x64_takes_differences_in_float64():
+    problem = problems.perceptron(jnp.float64)
+    exact = slopes(problem, estimator="jvp")
+    np.testing.assert_allclose(slopes(problem, delta=1e-7), exact, rtol=1e-4)
+    _, state = update(reweight_by_sharpness(1.0, key=0), problem)
+    assert {x.dtype.name for x in state} == {"uint32", "int32", "float32"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"strength": -1.0}, ValueError, "strength = -1 is out of range"),
+        ({"strength": "1"}, TypeError, "strength must be a real scalar"),
+        ({"delta": 0.0}, ValueError, "delta = 0 is out of range"),
+        ({"delta": np.inf}, ValueError, "delta = inf is out of range"),
+        ({"delta": jnp.ones(2)}, ValueError, "delta must be a scalar"),
+        ({"num_probes": 0}, ValueError, "num_probes = 0 is out of range"),
+        ({"num_probes": 2.0}, TypeError, "num_probes must be .* got 2.0"),
+        (
+            {"estimator": "exact"},
+            ValueError,
+            "estimator = 'exact' is unknown",
+        ),
+        ({"normalize": 1}, TypeError, "normalize must be .* got 1"),
+        ({"key": 1.5}, TypeError, "key must be an integer or one PRNG key, got 1.5"),
+        ({"key": None}, TypeError, "key must be an integer or one PRNG key"),
+        ({"key": jnp.zeros(2)}, TypeError, "key must be an integer or one PRNG key"),
+        ({"key": jax.random.split(jax.random.key(0))}, TypeError, "one PRNG key"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs, error, match):
+    with pytest.raises(error, match=f"^reweight_by_sharpness: .*{match}"):
+        reweight_by_sharpness(**{"strength": 1.0, "key": 0, **kwargs})
+
+
+@pytest.mark.parametrize("missing", ["params", "loss_fn", "batch"])
+def test_missing_arguments(missing):
+    problem, link = problems.perceptron(), reweight_by_sharpness(1.0, key=0)
+    kwargs = problem._asdict()
+    del kwargs[missing]
+    match = f"^reweight_by_sharpness: {missing} is missing.*tx.update.*value_and_update"
+    with pytest.raises(ValueError, match=match):
+        link.update(problem.params, link.init(problem.params), **kwargs)
+
+
+def test_a_gradient_function_alone_is_not_enough():
+    problem, tx = problems.perceptron(), rw_sam(optax.sgd(0.1))
+    grad_fn = jax.grad(problems.mean_loss(problem))
+    with pytest.raises(ValueError, match="reweight_by_sharpness: loss_fn is missing"):
+        tx.update(
+            grad_fn(problem.params),
+            tx.init(problem.params),
+            problem.params,
+            grad_fn=grad_fn,
+        )
+
+
+def test_a_scalar_loss_is_refused():
+    problem, tx = problems.perceptron(), rw_sam(optax.sgd(0.1))
+    scalar = problem._replace(loss_fn=lambda p, b: jnp.mean(problem.loss_fn(p, b)))
+    with pytest.raises(
+        ValueError, match="reweight_by_sharpness: needs the loss of each example"
+    ):
+        problems.train(tx, scalar, 1)
+    with pytest.raises(
+        ValueError, match="reweight_by_sharpness: needs the loss of each example"
+    ):
+        update(tx, scalar)
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    """Costs as in `test_cost`, of a step with the arguments given."""
+
+    def of(options, **kwargs):
+        row = f"rw_sam {kwargs}"
+        tx = rw_sam(step_cost.BASE, **kwargs)
+        monkeypatch.setitem(test_cost.ROWS, row, step_cost.engine(tx))
+        return test_cost.cost(options, row)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("estimator", "bound"), [("finite_difference", 2.35), ("jvp", 2.75)]
+)
+def test_a_probe_costs_a_forward_pass_and_nothing_else(cost, estimator, bound):
+    base = test_cost.cost(test_cost.MANY_FLOPS, step_cost.SGD)
+    flops = cost(test_cost.MANY_FLOPS, estimator=estimator)["flops"]
+    assert bound - 0.15 < flops / base["flops"] < bound
+
+
+def test_four_probes_take_the_memory_of_one(cost):
+    options = test_cost.MANY_PARAMETERS
+    one, four = cost(options), cost(options, num_probes=4)
+    assert four["temp_bytes"] - one["temp_bytes"] < 0.1 * one["param_bytes"]
+
+
+def test_a_bad_gradient_of_its_own_reaches_no_state_behind_a_mask():
+    """The mask hides the entry that is not finite, but the average has seen it."""
+    problem = problems.quadratic()
+    leave_out = optax.stateless(
+        lambda updates, _: updates | {"scale": jnp.zeros_like(updates["scale"])}
+    )
+    ascent = optax.chain(
+        reweight_by_sharpness(1.0, key=0), optax_sam.suppress_variance(0.5), leave_out
+    )
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    before = tx.init(problem.params)
+    grads = jax.grad(problems.mean_loss(problem))(problem.params)
+    bad = grads | {"scale": jnp.full_like(grads["scale"], jnp.nan)}
+    for pullback, skipped in [(lambda _: grads, False), (lambda _: bad, True)]:
+        _, after = tx.update(
+            grads,
+            before,
+            problem.params,
+            loss_fn=problem.loss_fn,
+            batch=problem.batch,
+            losses=problem.loss_fn(problem.params, problem.batch),
+            pullback=pullback,
+        )
+        counts = [int(x) for _, x in optax.tree.get_all_with_path(after, "count")]
+        assert counts == ([0, 0] if skipped else [1, 1])
+        assert np.isfinite(problems.norm(optax.tree.get(after, "direction")))

@@ -1,0 +1,149 @@
+"""Compiled steps of a small ResNet: FLOPs, temporary memory, state. No timings."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from benchmarks import sparse_cost, step_cost, top_k
+from sam_examples.benchmarking import measure
+
+import optax_sam
+
+# Convolutions make up nearly all of the FLOPs, or parameters half of the memory.
+MANY_FLOPS = step_cost.Options(stage_sizes=(1, 1), width=16, batch_size=16)
+MANY_PARAMETERS = step_cost.Options((1, 1), width=64, batch_size=2, image_size=8)
+RESNET18 = step_cost.Options(width=16, batch_size=8)
+
+
+STAGE = ("BasicBlock_1", "Dense_0")
+ROWS = {
+    **step_cost.ROWS,
+    **sparse_cost.make_steps(RESNET18.stage_sizes),
+    "2 probes": sparse_cost.sparse_sam("probes", num_probes=2),
+    "8 probes": sparse_cost.sparse_sam("probes", num_probes=8),
+    "nothing": sparse_cost.perturbing(),
+    "last stage": sparse_cost.perturbing(*STAGE),
+    "last stage, scaled first": sparse_cost.perturbing(*STAGE, mask_first=False),
+}
+
+problem = functools.cache(measure.make_problem)
+
+
+@functools.cache
+def cost(options, row, count=None):
+    # The effort that goes into machine code changes none of the figures.
+    level = {"xla_backend_optimization_level": "0"}
+    return measure.compile_step(ROWS[row], problem(options), level, count=count).cost
+
+
+def flops_over_sgd(row, options=MANY_FLOPS, count=None):
+    return cost(options, row, count)["flops"] / cost(options, measure.SGD)["flops"]
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
+def test_a_method_costs_two_passes_and_nothing_else(method):
+    assert 1.99 < flops_over_sgd(f"optax_sam.{method}") < 2.005
+
+
+def test_value_and_update_costs_the_base_nothing():
+    plain = cost(MANY_FLOPS, measure.SGD)
+    assert cost(MANY_FLOPS, "SGD value_and_update") == plain
+
+
+@pytest.mark.parametrize("method", ["sam", "vasso"])
+def test_temporary_memory_is_that_of_optax_contrib(method):
+    expected = cost(MANY_PARAMETERS, step_cost.CONTRIB)["temp_bytes"]
+    assert cost(MANY_PARAMETERS, f"optax_sam.{method}")["temp_bytes"] < 1.05 * expected
+
+
+def test_asam_takes_less_than_a_fifth_of_the_parameters_more():
+    sam, asam = (cost(MANY_PARAMETERS, f"optax_sam.{m}") for m in ("sam", "asam"))
+    # XLA on the CPU keeps the scaled gradient of one layer instead of making it again.
+    assert asam["temp_bytes"] - sam["temp_bytes"] < 0.2 * sam["param_bytes"]
+
+
+def test_vasso_keeps_no_temporary_beyond_those_of_sam():
+    sam, vasso = (cost(MANY_PARAMETERS, f"optax_sam.{m}") for m in ("sam", "vasso"))
+    assert vasso["temp_bytes"] - sam["temp_bytes"] < 0.02 * sam["param_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_vasso_adds_one_float32_tree_and_scalars_to_the_state_of_sam(dtype):
+    params = jax.eval_shape(problem(MANY_FLOPS).init)["params"]
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+
+    def arrays(tree):
+        """How often each shape and dtype comes up, scalars left out."""
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
+        return collections.Counter((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+
+    def state(tx):
+        return arrays(jax.eval_shape(tx.init, params))
+
+    average = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, "float32"), params)
+    base, rho = measure.BASE, measure.RHO
+    assert state(optax_sam.sam(base, rho)) == state(base)
+    assert state(optax_sam.vasso(base, rho, 0.4)) == state(base) + arrays(average)
+
+
+def test_gradients_that_no_perturbation_reads_are_not_computed():
+    everything = flops_over_sgd("optax_sam.sam")
+    # Scaled first, the norm reads every gradient: less is saved.
+    scaled_first = flops_over_sgd("last stage, scaled first")
+    assert flops_over_sgd("last stage") < 1.55 < scaled_first < 1.8 < everything
+
+
+def test_the_last_block_of_resnet18_costs_what_the_readme_says():
+    params = jax.eval_shape(problem(RESNET18).init)["params"]
+    perturbed = measure.num_bytes([params["BasicBlock_7"], params["Dense_0"]])
+    assert 0.57 < 1 - perturbed / measure.num_bytes(params) < 0.58
+    assert 1 < flops_over_sgd("static, last block and head", RESNET18) < 1.39
+
+
+@pytest.mark.parametrize("method", [sparse_cost.SSAM_F, sparse_cost.SSAM_D])
+def test_array_masks_cost_nothing_between_refreshes(method):
+    between = cost(MANY_FLOPS, method, sparse_cost.NOT_DUE)
+    sam = cost(MANY_FLOPS, sparse_cost.SAM)
+    num_params = sam["param_bytes"] // 4
+    # One choice for every parameter is what is left; a refresh takes far more.
+    assert between["flops"] - sam["flops"] <= 1.1 * num_params
+    due = cost(MANY_FLOPS, method, sparse_cost.DUE)
+    assert due["flops"] - sam["flops"] > 10 * num_params
+    assert flops_over_sgd(method, count=sparse_cost.NOT_DUE) < 2.02
+
+
+def test_array_masks_take_a_byte_for_each_parameter_of_the_state():
+    sam, masked = (cost(MANY_FLOPS, m) for m in (sparse_cost.SAM, sparse_cost.SSAM_F))
+    added = masked["state_bytes"] - sam["state_bytes"]
+    assert sam["param_bytes"] / 4 <= added < sam["param_bytes"] / 4 + 100
+
+
+def test_an_implicit_backward_of_half_the_channels_saves_a_third_of_a_pass():
+    assert 1.6 < flops_over_sgd("implicit, 1/2 kept", RESNET18) < 1.7
+
+
+def test_the_memory_of_scores_does_not_grow_with_the_number_of_examples():
+    few, many = (
+        sparse_cost.scoring_memory(problem(MANY_PARAMETERS), n) for n in (16, 128)
+    )
+    # Gradients of 4 examples at a time, their sum, and what the layers keep.
+    assert many < 1.01 * few < 8
+
+
+def test_the_memory_of_scores_does_not_grow_with_the_number_of_probes():
+    few, many = (cost(MANY_PARAMETERS, row) for row in ("2 probes", "8 probes"))
+    assert many["temp_bytes"] < 1.01 * few["temp_bytes"]
+
+
+@pytest.mark.parametrize("case", ["ResNet-18", "one tensor"])
+def test_an_exact_top_k_takes_no_more_than_twice_the_scores(case):
+    scores = top_k.make_scores(width=16)[case]
+    exact = top_k.compile_pattern(top_k.PATTERNS[top_k.EXACT], scores)
+    assert exact.temp_bytes < 2 * measure.num_bytes(scores)
+
+
+def test_an_ascent_that_perturbs_nothing_costs_no_second_gradient():
+    # At most a forward pass, a third of a step, if the compiler leaves it in twice.
+    assert 0.99 < flops_over_sgd("nothing") < 1.34

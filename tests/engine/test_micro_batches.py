@@ -1,0 +1,375 @@
+"""Micro-batches that ascend each for itself, whatever is in the chain."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+import test_cost
+from sam_examples.benchmarking import measure
+
+import optax_sam
+
+SIZE, BATCH = 4, 16
+ASCENTS = {
+    "sam": lambda: optax_sam.scale_to_radius(0.1),
+    "vasso": lambda: optax.chain(
+        optax_sam.suppress_variance(0.4), optax_sam.scale_to_radius(0.1)
+    ),
+    "rw_sam": lambda: optax.chain(
+        optax_sam.reweight_by_sharpness(0.3, key=0, estimator="jvp"),
+        optax_sam.scale_to_radius(0.1),
+    ),
+    "fisher": lambda: optax.chain(
+        optax_sam.scale_to_radius(0.1),
+        optax_sam.sparsify_by_fisher(optax_sam.unstructured(0.5), refresh_every=2),
+    ),
+    "dynamic": lambda: optax.chain(
+        optax_sam.scale_to_radius(0.1),
+        optax_sam.sparsify_dynamically(0.5, refresh_every=2, decay_steps=10, key=0),
+    ),
+    "adam": lambda: optax.chain(optax.scale_by_adam(), optax_sam.scale_to_radius(0.1)),
+}
+# Two at a time, as well as one and all.
+ways = pytest.mark.parametrize(
+    ("name", "at_once"),
+    [("sam", 2), *((name, at_once) for name in ASCENTS for at_once in (1, None))],
+)
+
+
+def perceptron(dtype=jnp.float64):
+    return problems.perceptron(dtype, batch_size=BATCH)
+
+
+loss_fn = problems.perceptron().loss_fn
+
+
+@functools.cache
+def make_step(name, size=None, at_once=1, **kwargs):
+    """An optimizer whose update is minus the perturbed gradient, and its step."""
+    tx = optax_sam.sharpness_aware(
+        optax.apply_if_finite(optax.sgd(1.0), 3),
+        ASCENTS[name](),
+        micro_batch_size=size,
+        micro_batches_at_once=at_once,
+    )
+    return tx, jax.jit(optax_sam.value_and_update(loss_fn, tx, **kwargs))
+
+
+def one_step(made, params, batch, state=None):
+    """The update and the state after a step."""
+    tx, step = made
+    _, updates, state = step(params, tx.init(params) if state is None else state, batch)
+    return updates, state
+
+
+def mean_of_micro_batches(made, params, batch, state=None):
+    """The mean of the updates by each micro-batch alone."""
+    micro_batches = (
+        jax.tree.map(lambda x, j=j: x[j : j + SIZE], batch)
+        for j in range(0, BATCH, SIZE)
+    )
+    updates = [one_step(made, params, part, state)[0] for part in micro_batches]
+    return jax.tree.map(lambda *x: sum(x) / len(x), *updates)
+
+
+@pytest.mark.usefixtures("x64")
+@ways
+def test_base_descends_along_the_mean_of_what_micro_batches_ascend_to(name, at_once):
+    params, _, (x, labels) = perceptron()
+    plain, micro = make_step(name), make_step(name, SIZE, at_once)
+    # A state that has seen another batch, as the first is special to some ascents.
+    _, state = one_step(plain, params, (0.5 * x, labels))
+    updates, after = one_step(micro, params, (x, labels), state)
+    mean = mean_of_micro_batches(plain, params, (x, labels), state)
+    problems.assert_trees_close(updates, mean, rtol=1e-9, atol=1e-12)
+
+    # And the state advances along the whole batch.
+    whole, expected = one_step(plain, params, (x, labels), state)
+    problems.assert_trees_close(after, expected, rtol=1e-6, atol=1e-12)
+    difference = jax.tree.map(jnp.subtract, updates, whole)
+    assert problems.norm(difference) > 1e-4 * problems.norm(whole)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("at_once", [1, None])
+def test_micro_batches_share_the_mask_of_the_whole_batch(at_once):
+    """In the very step that makes it."""
+    params, _, batch = perceptron()
+    updates, state = one_step(make_step("fisher", SIZE, at_once), params, batch)
+    plain = make_step("fisher")
+    _, expected = one_step(plain, params, batch)
+    problems.assert_trees_equal(state.ascent_state[1], expected.ascent_state[1])
+    # The next step makes none.
+    mean = mean_of_micro_batches(plain, params, batch, expected)
+    problems.assert_trees_close(updates, mean, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sam", "vasso", "fisher"])
+def test_one_micro_batch_is_the_whole_batch_bit_for_bit(name):
+    params, _, batch = perceptron(jnp.float32)
+    state, expected = None, None
+    for _ in range(3):
+        updates, state = one_step(make_step(name, BATCH), params, batch, state)
+        whole, expected = one_step(make_step(name), params, batch, expected)
+        problems.assert_trees_equal((updates, state), (whole, expected))
+        params = jax.tree.map(lambda p, u: p + 0.1 * u, params, updates)
+
+
+def test_m_sam_is_sam_in_micro_batches():
+    params, _, batch = perceptron(jnp.float32)
+    tx = optax_sam.m_sam(optax.sgd(1.0), optax.constant_schedule(0.1), SIZE)
+    m_sam = tx, jax.jit(optax_sam.value_and_update(loss_fn, tx))
+    updates, _ = one_step(m_sam, params, batch)
+    expected, _ = one_step(make_step("sam", SIZE), params, batch)
+    problems.assert_trees_equal(updates, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("at_once", [1, None])
+def test_means_are_taken_in_float32(dtype, at_once):
+    """A large gradient beside 15 small ones, which half precision would lose."""
+    gradients = jnp.array([256.0] + 15 * [0.1], dtype)
+    tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, 1, micro_batches_at_once=at_once)
+    step = optax_sam.value_and_update(lambda w, g: g * w, tx)
+    params = jnp.zeros((), dtype)
+    _, updates, _ = step(params, tx.init(params), gradients)
+    assert updates.dtype == dtype
+    mean = jnp.mean(gradients.astype(jnp.float32))
+    assert updates == -mean.astype(dtype)
+    assert updates != -gradients[0] / 16
+
+
+@pytest.mark.parametrize(("bad", "at_once"), [(np.inf, 1), (np.nan, None)])
+@pytest.mark.parametrize("name", ["sam", "vasso", "rw_sam", "fisher"])
+def test_a_bad_micro_batch_leaves_the_state_as_it_was(name, bad, at_once):
+    params, _, (x, labels) = perceptron(jnp.float32)
+    micro = make_step(name, SIZE, at_once)
+    _, state = one_step(micro, params, (x, labels))
+    updates, after = one_step(micro, params, (x.at[5].set(bad), labels), state)
+    assert problems.norm(updates) == 0
+    assert after.base_state.total_notfinite == 1
+    problems.assert_trees_equal(after.ascent_state, state.ascent_state)
+
+
+def test_a_micro_batch_without_a_gradient_is_not_perturbed():
+    problem = problems.quadratic()
+    # The first half of the batch has its minimum where the parameters are.
+    batch = jax.tree.map(
+        lambda x, w: x.at[:4].set(jnp.broadcast_to(w, x[:4].shape)),
+        problem.batch,
+        problem.params,
+    )
+    second = jax.tree.map(lambda x: x[4:], batch)
+
+    def update(tx, batch):
+        step = optax_sam.value_and_update(problem.loss_fn, tx)
+        return step(problem.params, tx.init(problem.params), batch)[1]
+
+    got = update(optax_sam.m_sam(optax.sgd(1.0), 0.5, 4), batch)
+    expected = update(optax_sam.sam(optax.sgd(0.5), 0.5), second)
+    problems.assert_trees_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_value_and_aux_are_those_of_the_whole_batch():
+    problem = problems.perceptron()
+    sizes = []
+
+    def with_aux(params, batch):
+        losses = problem.loss_fn(params, batch)
+        sizes.append(losses.size)
+        return losses, jnp.max(losses)
+
+    tx = optax_sam.m_sam(optax.sgd(0.1), 0.1, SIZE)
+    step = optax_sam.value_and_update(with_aux, tx, has_aux=True)
+    (value, aux), _, _ = step(problem.params, tx.init(problem.params), problem.batch)
+    losses = problem.loss_fn(problem.params, problem.batch)
+    np.testing.assert_allclose([value, aux], [losses.mean(), losses.max()], rtol=1e-6)
+    assert sizes.count(BATCH) == 1
+    assert set(sizes) == {BATCH, SIZE}
+
+
+def of_first_half(params, batch):
+    return loss_fn(params, jax.tree.map(lambda x: x[: len(x) // 2], batch))
+
+
+@pytest.mark.usefixtures("x64")
+def test_micro_batches_ascend_by_the_loss_of_the_ascent():
+    params, _, batch = perceptron()
+    kwargs = {"ascent_loss_fn": of_first_half}
+    updates, _ = one_step(make_step("sam", SIZE, **kwargs), params, batch)
+    mean = mean_of_micro_batches(make_step("sam", **kwargs), params, batch)
+    problems.assert_trees_close(updates, mean, rtol=1e-9, atol=1e-12)
+
+
+def test_ascents_are_told_of_their_own_clean_pass():
+    params, _, batch = perceptron(jnp.float32)
+    seen = []
+
+    def update_fn(updates, state, params=None, **extra_args):
+        seen.append(extra_args | {"updates": updates})
+        return updates, state
+
+    spy = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    tx = optax_sam.sharpness_aware(
+        optax.sgd(0.1), spy, micro_batch_size=BATCH // 2, micro_batches_at_once=1
+    )
+    with jax.disable_jit():  # The scan is a loop in Python.
+        optax_sam.value_and_update(loss_fn, tx)(params, tx.init(params), batch)
+    first = next(s for s in seen if s["losses"].size == BATCH // 2)
+    half = jax.tree.map(lambda x: x[: BATCH // 2], batch)
+    problems.assert_trees_equal(first["batch"], half)
+    problems.assert_trees_equal(first["scoring_batch"], batch)
+    np.testing.assert_allclose(first["losses"], loss_fn(params, half), rtol=1e-6)
+    np.testing.assert_allclose(first["value"], first["losses"].mean(), rtol=1e-6)
+    problems.assert_trees_equal(first["grad"], first["updates"])
+    whole = seen[-1]
+    assert whole["losses"].size == BATCH
+    problems.assert_trees_equal(whole["scoring_batch"], batch)
+
+
+def test_leaves_of_the_batch_of_any_kind():
+    params, _, (x, labels) = perceptron(jnp.float32)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+
+    def noisy_loss(params, batch):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (6,)))(batch["keys"])
+        return loss_fn(params, (batch["x"] + 0.1 * noise, batch["labels"]))
+
+    def updates(size, host):
+        tx = optax_sam.m_sam(optax.sgd(1.0), 0.0, size)
+        step = optax_sam.value_and_update(noisy_loss, tx)
+        batch = {"x": host(x), "labels": host(labels), "keys": keys, "none": None}
+        return jax.jit(step)(params, tx.init(params), batch)[1]
+
+    # Without a perturbation, the size of a micro-batch changes nothing.
+    whole = updates(BATCH, jnp.asarray)
+    problems.assert_trees_close(updates(SIZE, np.asarray), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_by_hand_the_clean_gradient_is_not_read():
+    params, _, batch = perceptron(jnp.float32)
+    tx, _ = make_step("sam", SIZE)
+    updates, _ = tx.update(
+        jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params),
+        tx.init(params),
+        params,
+        loss_fn=lambda params, batch: jnp.mean(loss_fn(params, batch)),
+        batch=batch,
+    )
+    through, _ = one_step(make_step("sam", SIZE), params, batch)
+    problems.assert_trees_close(updates, through, rtol=1e-5, atol=1e-7)
+
+
+def run(problem, batch, size=SIZE, **micro):
+    """Takes a step without running it."""
+    tx = optax_sam.m_sam(optax.sgd(0.1), 0.1, size, **micro)
+    step = optax_sam.value_and_update(problem.loss_fn, tx)
+    state = tx.init(problem.params)
+    return jax.make_jaxpr(step)(problem.params, state, batch)
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "match"),
+    [
+        (5, {}, r"= 5 does not divide the 16 .* one of \[1, 2, 4, 8, 16\]"),
+        (32, {}, "= 32 does not divide the 16 examples of the batch"),
+        (4, {"micro_batches_at_once": 3}, "= 3 does not divide the 4 micro-batches"),
+    ],
+)
+def test_sizes_that_do_not_divide(size, micro, match):
+    problem = problems.perceptron()
+    with pytest.raises(ValueError, match=match):
+        run(problem, problem.batch, size, **micro)
+
+
+def test_more_at_once_than_there_are_is_all():
+    problem = problems.perceptron()
+    expected = run(problem, problem.batch, micro_batches_at_once=None)
+    assert str(run(problem, problem.batch, micro_batches_at_once=100)) == str(expected)
+
+
+def test_batches_that_cannot_be_cut():
+    problem = problems.perceptron()
+
+    def loss_fn(params, batch):
+        return problem.loss_fn(params, batch["examples"])
+
+    leafy = problem._replace(loss_fn=loss_fn)
+    x, labels = problem.batch
+    with pytest.raises(ValueError, match=r"batch\['t'\] is a scalar"):
+        run(leafy, {"examples": (x, labels), "t": jnp.float32(1)})
+    with pytest.raises(ValueError, match=r"got lengths \[3, 16\]"):
+        run(leafy, {"examples": (x, labels), "extra": jnp.ones(3)})
+    constant = problem._replace(loss_fn=lambda p, b: problem.loss_fn(p, (x, labels)))
+    with pytest.raises(ValueError, match="got lengths of no arrays"):
+        run(constant, ())
+
+
+def test_grad_fn_cannot_see_micro_batches():
+    problem = problems.perceptron()
+    tx = optax_sam.m_sam(optax.sgd(0.1), 0.1, SIZE)
+    with pytest.raises(ValueError, match=r"grad_fn.*pass loss_fn and batch"):
+        tx.update(
+            problem.params,
+            tx.init(problem.params),
+            problem.params,
+            grad_fn=jax.grad(problems.mean_loss(problem)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"micro_batch_size": 0}, ValueError, "micro_batch_size = 0 is out of range"),
+        ({"micro_batch_size": 2.0}, TypeError, "micro_batch_size must be an integer"),
+        ({"micro_batch_size": True}, TypeError, "must be an integer >= 1, got True"),
+        ({"micro_batch_size": None}, TypeError, "must be an integer >= 1, got None"),
+        (
+            {"micro_batch_size": 4, "micro_batches_at_once": 0},
+            ValueError,
+            "micro_batches_at_once = 0 is out of range",
+        ),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        optax_sam.m_sam(optax.sgd(0.1), 0.1, **arguments)
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    """Costs as in `test_cost`, of m-SAM or what else is given."""
+
+    def cost(options, tx):
+        row = repr(tx)
+        monkeypatch.setitem(test_cost.ROWS, row, measure.engine(tx))
+        return test_cost.cost(options, row)
+
+    return cost
+
+
+m_sam = functools.partial(optax_sam.m_sam, measure.BASE, measure.RHO)
+
+
+def test_m_sam_costs_two_gradients_and_the_forward_pass_of_the_whole_batch(cost):
+    options = test_cost.MANY_FLOPS
+    base = test_cost.cost(options, measure.SGD)
+    # All at once: the compiler counts the body of a loop once.
+    flops = cost(options, m_sam(4, micro_batches_at_once=None))["flops"]
+    assert 2.3 < flops / base["flops"] < 2.36
+
+
+def test_micro_batches_that_wait_take_no_memory(cost):
+    options = test_cost.MANY_PARAMETERS
+    sam = cost(options, m_sam(options.batch_size))
+    waiting, at_once = (
+        cost(options, m_sam(1, micro_batches_at_once=n)) for n in (1, None)
+    )
+    # The mean of the gradients so far; that of the clean ones is not kept for SAM.
+    added = (waiting["temp_bytes"] - sam["temp_bytes"]) / sam["param_bytes"]
+    assert 0.9 < added < 1.1
+    assert at_once["temp_bytes"] > waiting["temp_bytes"]

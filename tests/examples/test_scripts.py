@@ -1,0 +1,205 @@
+import functools
+import json
+
+import compare
+import m_sharpness
+import numpy as np
+import pytest
+import train
+from data_files import PER_FILE, write_binaries, write_pickles
+from sam_examples import config
+from sam_examples.methods import METHODS
+from sam_examples.report import Curves, summarize
+
+TINY = ["--stages", "1", "--width", "4"]
+
+
+def results(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
+    out = tmp_path / "new" / "comparison"
+    methods = ["--methods", "sgd", "sam", "--hyperparameters", "rho=0.3"]
+    sizes = ["--seeds", "2", "--epochs", "3", "--noise", "0.2", "--dropout", "0.1"]
+    compare.main([*TINY, *methods, *sizes, "--out", str(out)])
+
+    output, progress = capsys.readouterr()
+    assert "seed 1, sam" in progress
+    assert "loss=" in progress
+    assert "accuracy=" in progress
+    assert "test accuracy (%)" in output
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figures = results(out)
+    assert figures["settings"]["noise"] == 0.2
+    assert figures["versions"].keys() >= {"jax", "flax", "optax", "optax_sam"}
+    assert list(figures["methods"]) == ["sgd", "sam"]
+    for method, hyperparameters in (("sgd", {}), ("sam", {"rho": 0.3})):
+        of_method = figures["methods"][method]
+        assert of_method["hyperparameters"] == hyperparameters
+        assert len(of_method["seeds"]) == 2
+        for curves in of_method["seeds"]:
+            assert {len(curve) for curve in curves.values()} == {3}
+        finals = [curves["test_accuracy"][-1] for curves in of_method["seeds"]]
+        mean, std = np.mean(finals), np.std(finals, ddof=1)
+        assert of_method["final_test_accuracy"] == pytest.approx(
+            {"mean": mean, "std": std}
+        )
+        row = next(
+            line for line in output.splitlines() if line.startswith(f"│ {method} ")
+        )
+        assert f"{100 * mean:.1f} ± {100 * std:.1f}" in row
+    assert figures["methods"]["sgd"]["step_time_over_sgd"] == 1
+    # The same seeds draw the same parameters and batches for every method.
+    losses = [
+        figures["methods"][m]["seeds"][0]["train_loss"][0] for m in ("sgd", "sam")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_m_sharpness_plots_accuracy_over_the_size_of_micro_batches(tmp_path, capsys):
+    sizes = ["--sizes", "64", "16", "--seeds", "2", "--epochs", "2"]
+    m_sharpness.main([*TINY, *sizes, "--out", str(tmp_path)])
+    output, progress = capsys.readouterr()
+    methods = results(tmp_path)["methods"]
+    assert list(methods) == ["RW-SAM", "m = 64", "m = 16"]
+    for name, figures in methods.items():
+        accuracy = figures["final_test_accuracy"]
+        row = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}"
+        assert any(name in line and row in line for line in output.splitlines())
+    assert (tmp_path / "m_sharpness.png").read_bytes().startswith(b"\x89PNG")
+    assert "seed 1, m = 16" in progress
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--sizes", "64", "24"],
+            "m_sam.micro_batch_size must divide --batch-size 64, got 24",
+        ),
+        (["--sizes"], "--sizes must be given, got none"),
+        (["--rho", "-1"], "rho = -1 is out of range"),
+        (["--width", "6"], "--width must be a multiple of 4 for groups of channels"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_m_sharpness_refuses_bad_options_in_one_line(capsys, options, message):
+    with pytest.raises(SystemExit) as status:
+        m_sharpness.main(options)
+    check_refusal(status, capsys, message)
+
+
+def test_times_are_medians_of_ratios_within_epochs():
+    times = {"sgd": [1.0, 10.0, 2.0], "sam": [2.0, 30.0, 4.0]}
+    curves = {
+        method: [Curves([0.0], [0.0], [0.0], [0.0], seconds)]
+        for method, seconds in times.items()
+    }
+    summary = summarize(curves)
+    assert summary["sam"]["step_time_over_sgd"] == 2
+    assert summary["sam"]["step_seconds"] == 4
+    assert summary["sam"]["final_test_accuracy"]["std"] is None
+    del curves["sgd"]
+    assert "step_time_over_sgd" not in summarize(curves)["sam"]
+
+
+def test_train_reports_the_last_epoch(tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--method", "vasso", "--epochs", "3", "--hyperparameters", "theta=0.9"]
+    train.main([*TINY, *options, "--out", str(out)])
+
+    output, progress = capsys.readouterr()
+    figures = results(out)
+    assert figures["hyperparameters"]["theta"] == 0.9
+    assert figures["settings"]["learning_rate"] == 0.1
+    assert {len(curve) for curve in figures["epochs"].values()} == {3}
+    assert figures["valid_accuracy"] == figures["epochs"]["valid_accuracy"][-1]
+    assert output.count("\n") == 1
+    assert f"test accuracy {100 * figures['test_accuracy']:.2f} %" in output
+    assert "epoch 3 of 3" in progress
+    assert "loss=" in progress
+    assert "accuracy=" in progress
+
+
+@pytest.mark.parametrize("write", [write_pickles, write_binaries])
+def test_train_reads_cifar10(tmp_path, monkeypatch, write):
+    small = functools.partial(
+        config.load_cifar10, num_valid=5, images_per_file=PER_FILE
+    )
+    monkeypatch.setattr(config, "load_cifar10", small)
+    directory = str(write(tmp_path / "cifar"))
+    out = tmp_path / "run"
+    options = ["--dataset", "cifar10", "--data-dir", directory, "--method", "sgd"]
+    sizes = ["--epochs", "1", "--stages", "1", "--width", "2", "--batch-size", "8"]
+    train.main([*options, *sizes, "--out", str(out)])
+    figures = results(out)
+    assert figures["settings"]["augment"]
+    assert figures["test_accuracy"] * PER_FILE == pytest.approx(
+        round(figures["test_accuracy"] * PER_FILE)
+    )
+
+
+def test_methods_are_told_how_long_the_training_is(monkeypatch, capsys):
+    def make_tx(method, base, values, num_steps):
+        assert isinstance(values["refresh_every"], int)
+        raise ValueError(f"{method} for {num_steps} steps")
+
+    monkeypatch.setattr(compare, "make_tx", make_tx)
+    options = ["--epochs", "3", "--hyperparameters", "refresh_every=4"]
+    with pytest.raises(SystemExit) as status:
+        compare.main(["--methods", "dynamic_sparse_sam", *options])
+    check_refusal(status, capsys, "dynamic_sparse_sam for 48 steps")
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as status:
+        compare.main(["--help"])
+    assert not status.value.code
+    output = capsys.readouterr().out
+    for option in ("--epochs", "--noise", "--hyperparameters", "--out", *METHODS):
+        assert option in output
+
+
+BAD_OPTIONS = {
+    "method": (["--methods", "adam"], "unknown method 'adam'; choose from"),
+    "epochs": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    "seeds": (["--seeds", "0"], "--seeds must be at least 1"),
+    "no stages": (["--stages"], "--stages must be"),
+    "stages": (["--stages", "1", "0"], "--stages must be"),
+    "batch size": (["--batch-size", "2000"], "at most 1,025"),
+    "noise": (["--noise", "60"], "noise must be a share from 0 to 1, got 60"),
+    "dropout": (["--dropout", "1"], "--dropout must be"),
+    "learning rate": (["--learning-rate", "nan"], "--learning-rate must be"),
+    "weight decay": (["--weight-decay", "-1"], "--weight-decay must be"),
+    "hyperparameter": (["--hyperparameters", "phi=1"], "no chosen method takes 'phi'"),
+    "value": (["--hyperparameters", "rho=-1"], "rho = -1 is out of range"),
+    "micro-batch": (
+        ["--methods", "m_sam", "--batch-size", "40"],
+        "m_sam.micro_batch_size must divide --batch-size 40, got 16",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_compare_refuses_bad_options_in_one_line(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as status:
+        compare.main([*options, "--out", str(tmp_path / "run")])
+    check_refusal(status, capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unusable_directory_of_results_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as status:
+        train.main(["--out", str(tmp_path / "file")])
+    check_refusal(status, capsys, "file")
+
+
+def check_refusal(status, capsys, message):
+    assert status.value.code == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")

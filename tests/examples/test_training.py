@@ -1,0 +1,361 @@
+from functools import cache, partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sam_examples.data import Dataset, Split, normalize
+from sam_examples.evaluation import make_evaluate
+from sam_examples.methods import METHODS, hyperparameters, make_tx
+from sam_examples.models.convolution import PatchConv
+from sam_examples.models.resnet import ResNet
+from sam_examples.optimizers import momentum_sgd
+from sam_examples.sharding import by_examples, make_mesh, replicated
+from sam_examples.training import (
+    make_init,
+    make_loss_fn,
+    make_scoring_loss_fn,
+    make_train_steps,
+    shuffled_batches,
+    steps_per_call,
+)
+
+import optax_sam
+
+SEED = 3
+
+
+def make_dataset(size=16):
+    """Noise, brighter in a row that depends on the class."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(size, dtype=np.int32) % 3
+    images = rng.normal(2, 3, (size, 4, 4, 1)).astype(np.float32)
+    images[np.arange(size), labels] += 9
+    split = Split(images, labels)
+    mean, std = np.array([4], np.float32), np.array([5], np.float32)
+    return Dataset("rows", 3, split, split, split, mean, std)
+
+
+# The stem and the head alone, which compile fast: they have both of what is tested.
+MODEL = ResNet((), 3, width=4, conv=PatchConv)
+DROPOUT_MODEL = MODEL.clone(dropout_rate=0.5)
+NO_MOVE = optax.sgd(0.0)
+
+
+@cache
+def initializer(model):
+    return make_init(model, make_dataset())
+
+
+def train(model, tx, indices, **kwargs):
+    """The state before, that after some steps, and the metrics."""
+    dataset = make_dataset()
+    before, state = initializer(model)(SEED, tx), initializer(model)(SEED, tx)
+    train_steps = make_train_steps(model, tx, dataset, **kwargs)
+    after, metrics = train_steps(state, dataset.train, indices, jax.random.key(1))
+    return before, after, metrics
+
+
+def assert_trees(compare, actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(compare, actual, expected)
+
+
+def test_batch_statistics_are_those_of_the_clean_pass():
+    dataset = make_dataset()
+    tx = optax_sam.sam(optax.sgd(0.1), rho=0.5)
+    before, after, _ = train(MODEL, tx, jnp.arange(16).reshape(1, 16))
+
+    images = normalize(dataset.train.images, dataset.mean, dataset.std)
+    batch = Split(images, dataset.train.labels)
+
+    @jax.jit
+    def statistics_and_gradient(params):
+        def loss(params):
+            losses, (batch_stats, _) = make_loss_fn(MODEL)(
+                params, batch, before.batch_stats, jax.random.key(0)
+            )
+            return jnp.mean(losses), batch_stats
+
+        gradient, batch_stats = jax.grad(loss, has_aux=True)(params)
+        return batch_stats, gradient
+
+    clean, gradient = statistics_and_gradient(before.params)
+    assert_trees(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        after.batch_stats,
+        clean,
+    )
+
+    # By hand for the first normalisation: a tenth of the batch's, the rest as it was.
+    kernel = before.params["PatchConv_0"]["kernel"]
+    outputs = PatchConv(4, (3, 3), padding=1).apply(
+        {"params": {"kernel": kernel}}, images
+    )
+    np.testing.assert_allclose(
+        after.batch_stats["BatchNorm_0"]["mean"],
+        0.1 * jnp.mean(outputs, axis=(0, 1, 2)),
+        atol=1e-6,
+    )
+    # And nothing of the perturbed pass, which has others.
+    scale = 0.5 / optax.tree.norm(gradient)
+    perturbed, _ = statistics_and_gradient(
+        jax.tree.map(lambda p, g: p + scale * g, before.params, gradient)
+    )
+    assert optax.tree.norm(optax.tree.sub(perturbed, clean)) > 1e-2
+
+
+def test_dropout_draws_are_the_same_in_both_passes():
+    # With rho = 0 both passes are at the same parameters: only another draw of dropout
+    # could make SAM's gradient another than SGD's, up to how XLA rounds two programs.
+    indices = shuffled_batches(jax.random.key(0), 16, 4)
+    base = momentum_sgd(0.1, 8, 1e-3)
+    before, sgd, _ = train(DROPOUT_MODEL, base, indices)
+    _, sam, _ = train(DROPOUT_MODEL, optax_sam.sam(base, rho=0.0), indices)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    assert_trees(close, sam._replace(opt_state=()), sgd._replace(opt_state=()))
+    assert optax.tree.norm(optax.tree.sub(sam.params, before.params)) > 0.1
+
+
+def test_every_step_has_its_own_dropout():
+    batch = jnp.arange(8)
+    losses = [
+        train(DROPOUT_MODEL, NO_MOVE, jnp.stack(batches))[2].loss
+        for batches in ([batch], [batch, batch])
+    ]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method):
+    dataset = make_dataset()
+    base = momentum_sgd(0.05, 60, 0.0)
+    # The defaults are for a larger model and larger batches.
+    small = {"rho": 0.05, "micro_batch_size": 4}
+    values = hyperparameters([method])[method]
+    tx = make_tx(method, base, {k: small.get(k, v) for k, v in values.items()}, 60)
+    indices = jnp.concatenate(
+        [shuffled_batches(jax.random.key(epoch), 16, 8) for epoch in range(30)]
+    )
+    before, after, _ = train(MODEL, tx, indices)
+    evaluate = make_evaluate(MODEL, dataset)
+    assert (
+        evaluate(after, dataset.test).loss < evaluate(before, dataset.test).loss - 0.2
+    )
+
+
+def test_perturbations_come_from_the_ascent_loss_and_updates_do_not():
+    tx, indices = optax_sam.sam(optax.sgd(0.1), rho=0.5), jnp.arange(16).reshape(1, 16)
+
+    def level(*args):
+        losses, aux = make_loss_fn(MODEL)(*args)
+        return 0 * losses, aux
+
+    _, unperturbed, metrics = train(MODEL, tx, indices, ascent_loss_fn=level)
+    _, sgd, _ = train(MODEL, optax.sgd(0.1), indices)
+    _, sam, _ = train(MODEL, tx, indices)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    assert_trees(close, unperturbed.params, sgd.params)
+    assert_trees(close, unperturbed.batch_stats, sgd.batch_stats)
+    assert optax.tree.norm(optax.tree.sub(sam.params, sgd.params)) > 1e-3
+    assert metrics.loss == 0
+
+
+def test_sparse_sam_scores_in_evaluation_mode():
+    # In training mode the batch statistics of an example of one would be scored.
+    dataset = make_dataset()
+    tx = make_tx(
+        "sparse_sam", NO_MOVE, {"rho": 1.0, "sparsity": 0.5, "refresh_every": 9}, 1
+    )
+    before, after, _ = train(DROPOUT_MODEL, tx, jnp.arange(16).reshape(1, 16))
+    images = normalize(dataset.train.images, dataset.mean, dataset.std)
+    batch = Split(images, dataset.train.labels)
+    scoring = make_scoring_loss_fn(DROPOUT_MODEL)
+    losses = partial(scoring, batch_stats=before.batch_stats, key=None)
+    evaluate = make_evaluate(DROPOUT_MODEL, dataset)
+    np.testing.assert_allclose(
+        losses(before.params, batch).mean(),
+        evaluate(before, dataset.train).loss,
+        rtol=1e-5,
+    )
+    scores = optax_sam.fisher_diagonal(losses, before.params, batch)
+    expected = jax.tree.leaves(optax_sam.unstructured(0.5)(scores))
+    mask = jax.tree.leaves(optax.tree.get(after.opt_state, "mask"))
+    same = sum(int(jnp.sum(a == b)) for a, b in zip(expected, mask, strict=True))
+    assert same >= 0.99 * sum(m.size for m in mask)  # Two programs round differently.
+
+
+@pytest.mark.parametrize("method", ["sparse_sam", "dynamic_sparse_sam"])
+def test_hyperparameters_of_sparse_methods_are_checked(method):
+    with pytest.raises(ValueError, match="sparsity = 2 is out of range"):
+        make_tx(method, NO_MOVE, hyperparameters([method], ["sparsity=2"])[method], 1)
+    with pytest.raises(ValueError, match=r"no whole number after '='"):
+        hyperparameters([method], ["refresh_every=1.5"])
+
+
+def test_dynamic_masks_stay_after_the_training_that_they_are_made_for():
+    values = hyperparameters(["dynamic_sparse_sam"], ["refresh_every=1"])
+    tx = make_tx("dynamic_sparse_sam", NO_MOVE, values["dynamic_sparse_sam"], 5)
+    params = jnp.zeros(64)
+
+    @jax.jit
+    def update(state):
+        _, state = tx.update(jnp.ones(64), state, params, grad_fn=lambda _: params)
+        return state
+
+    state, masks = tx.init(params), []
+    for _ in range(8):
+        state = update(state)
+        masks.append(np.asarray(optax.tree.get(state, "mask")))
+    changed = [np.any(a != b) for a, b in pairwise(masks)]
+    assert any(changed[:4])
+    assert not any(changed[4:])
+
+
+def test_training_compiles_once_and_donates_its_state():
+    dataset = make_dataset()
+    tx = optax_sam.sam(momentum_sgd(0.1, 4, 0.0), rho=0.1)
+    init, train_steps = initializer(MODEL), make_train_steps(MODEL, tx, dataset)
+    for seed in range(2):
+        state = first = init(seed, tx)
+        for epoch in range(2):
+            key = jax.random.key(epoch)
+            indices = shuffled_batches(key, 16, 8)
+            state, _ = train_steps(state, dataset.train, indices, key)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+    assert train_steps._cache_size() == 1
+
+
+def test_batches_can_be_shared_among_devices():
+    tx = optax_sam.sam(momentum_sgd(0.1, 4, 1e-3), rho=0.1)
+    dataset, indices = make_dataset(), jnp.arange(32).reshape(4, 8) % 16
+    mesh = make_mesh()
+
+    def run(placement, batch_sharding):
+        train_steps = make_train_steps(
+            MODEL, tx, dataset, batch_sharding=batch_sharding
+        )
+        state, split = initializer(MODEL)(SEED, tx), dataset.train
+        inputs = *jax.device_put((state, split), placement), indices, jax.random.key(1)
+        compiled = train_steps.lower(*inputs).compile()
+        return compiled(*inputs), compiled.cost_analysis()["flops"]
+
+    alone, flops = run(jax.devices()[0], None)
+    shared, flops_shared = run(replicated(mesh), by_examples(mesh))
+    assert_trees(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), shared, alone
+    )
+    assert flops_shared < flops / 4
+    for leaf in jax.tree.leaves(shared):
+        assert leaf.sharding.is_fully_replicated
+
+
+def test_metrics_are_means_over_the_steps():
+    indices = jnp.arange(16).reshape(2, 8)
+    both = train(MODEL, NO_MOVE, indices)[2]
+    single = [train(MODEL, NO_MOVE, indices[i : i + 1])[2] for i in range(2)]
+    np.testing.assert_allclose(
+        both.loss, (single[0].loss + single[1].loss) / 2, rtol=1e-5
+    )
+    assert both.accuracy == (single[0].accuracy + single[1].accuracy) / 2
+    assert both.accuracy * 16 in range(17)
+
+
+def test_augmentation_is_applied_on_request():
+    indices = jnp.arange(16).reshape(1, 16)
+    plain = train(MODEL, NO_MOVE, indices)[2]
+    augmented = train(MODEL, NO_MOVE, indices, augmented=True)[2]
+    assert abs(plain.loss - augmented.loss) > 1e-3
+
+
+@pytest.mark.parametrize("chunk_size", [4, 7, 16, 100])
+def test_evaluation_covers_the_whole_split_with_running_statistics(chunk_size):
+    dataset, model = make_dataset(), DROPOUT_MODEL
+    state = initializer(model)(SEED, optax.sgd(0.1))
+    batch_stats = jax.tree.map(lambda x: x + 0.3, state.batch_stats)
+    state = state._replace(batch_stats=batch_stats)
+    metrics = make_evaluate(model, dataset, chunk_size=chunk_size)(state, dataset.test)
+
+    images = normalize(dataset.test.images, dataset.mean, dataset.std)
+    variables = {"params": state.params, "batch_stats": batch_stats}
+    logits = jax.jit(partial(model.apply, train=False))(variables, images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, dataset.test.labels
+    )
+    np.testing.assert_allclose(metrics.loss, jnp.mean(losses), rtol=1e-5)
+    correct = jnp.argmax(logits, axis=-1) == dataset.test.labels
+    np.testing.assert_allclose(metrics.accuracy, jnp.mean(correct), rtol=1e-6)
+
+
+def test_epochs_are_shuffled_and_drop_what_fills_no_batch():
+    first, second = (shuffled_batches(jax.random.key(i), 10, 4) for i in range(2))
+    assert first.shape == (2, 4)
+    assert len(np.unique(first)) == 8
+    assert np.max(first) < 10
+    assert not jnp.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(16, 16), (351, 13), (390, 15), (17, 1), (1, 1), (5, 5)]
+)
+def test_calls_divide_an_epoch_evenly(steps, expected):
+    assert steps_per_call(steps) == expected
+
+
+def test_learning_rate_falls_to_zero_along_a_cosine_and_weights_decay():
+    params = jnp.ones(1)
+
+    def displacements(weight_decay, gradient):
+        tx = momentum_sgd(0.4, 4, weight_decay)
+        state = tx.init(params)
+        for _ in range(5):
+            updates, state = tx.update(gradient, state, params)
+            yield float(updates[0])
+
+    momentum = np.cumsum(0.9 ** np.arange(5))
+    cosine = 0.4 * 0.5 * (1 + np.cos(np.pi * np.arange(5) / 4))
+    expected = -cosine * momentum
+    np.testing.assert_allclose(
+        list(displacements(0.0, jnp.ones(1))), expected, rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        list(displacements(0.1, jnp.zeros(1))), 0.1 * expected, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_hyperparameters_are_defaults_then_assignments():
+    methods = ["sgd", "sam", "vasso"]
+    plain = hyperparameters(methods)
+    assert plain == {method: METHODS[method] for method in methods}
+    changed = hyperparameters(methods, ["rho=0.3", "vasso.rho=1e-2", "theta=1"])
+    assert changed == {
+        "sgd": {},
+        "sam": {"rho": 0.3},
+        "vasso": {"rho": 0.01, "theta": 1.0},
+    }
+    assert isinstance(changed["vasso"]["theta"], float)
+    assert hyperparameters(methods) == plain
+    replaced = hyperparameters(["sam"], [], {"sam": {"rho": 7.0}, "asam": {"rho": 8.0}})
+    assert replaced == {"sam": {"rho": 7.0}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("theta=0.2", r"no chosen method takes 'theta'; they take sam\.rho"),
+        ("asam.rho=1", r"takes 'asam\.rho'"),
+        ("rho", "no number after '='; write for example rho="),
+        ("rho=big", "no number"),
+        ("", "no chosen method"),
+    ],
+)
+def test_wrong_hyperparameters_are_refused(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        hyperparameters(["sgd", "sam"], [assignment])
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="unknown method 'adam'; choose from sgd, sam"):
+        hyperparameters(["adam"])
