@@ -8,6 +8,60 @@ import optax
 
 from optax_sam._base import trees
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
+from optax_sam._engine.sharpness_aware import sharpness_aware
+
+
+def asam(
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    *,
+    eta: ScalarOrSchedule = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""ASAM: SAM whose ball is measured relative to the size of each weight.
+
+    .. math::
+      \varepsilon_t = \rho \, \frac{T^2 g_t}{\|T g_t\|}, \quad T = |w_t| + \eta, \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    A step costs two gradients.
+
+    Args:
+      base: The optimizer that moves the parameters.
+      rho: The radius :math:`\rho \ge 0`, without unit; 0 is the base itself. 0.5 to 2
+        is usual for image classification from scratch. A scalar, or a schedule of the
+        count of steps.
+      eta: Added to the size of each weight, in units of the parameters. A scalar, or a
+        schedule.
+
+    Returns:
+      The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
+      the arguments of its update, their shapes and what they raise.
+
+    Raises:
+      TypeError: If `base` is no transformation, or `rho` or `eta` no real scalar or
+        schedule.
+      ValueError: If `rho` or `eta` is negative, not finite or no scalar.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.asam(optax.sgd(0.1, momentum=0.9), rho=0.5)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params, batch = 2 * jnp.ones(2), jnp.ones((4, 2))
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(3):
+      ...     value, updates, opt_state = step(params, opt_state, batch)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{value:.3f}")
+      2.000
+      0.867
+      0.021
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+      Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
+    """
+    return sharpness_aware(base, adapt_to_scale(rho, eta=eta))
 
 
 def adapt_to_scale(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
@@ -20,6 +21,78 @@ from optax_sam._base.hyperparameters import (
     key_data,
 )
 from optax_sam._engine import protocol
+from optax_sam._engine.sharpness_aware import sharpness_aware
+
+
+def rw_sam(
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    strength: ScalarOrSchedule,
+    *,
+    key: Any = 0,
+    delta: ScalarOrSchedule = 1e-4,
+    num_probes: int = 1,
+    estimator: Literal["finite_difference", "jvp"] = "finite_difference",
+    normalize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RW-SAM: SAM that ascends along the gradients of the steepest examples.
+
+    .. math::
+      \varepsilon_t = \rho \, \frac{\tilde g_t}{\|\tilde g_t\|}, \quad
+      \tilde g_t = \sum_i p_i \nabla \ell_i(w_t), \quad
+      p = \text{softmax}(\lambda s), \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    :math:`s_i` measures the slope of the loss of an example along a random direction. A
+    step costs two gradients and one forward pass: 7/6 of SAM. Update needs `loss_fn`
+    and `batch`, with losses per example.
+
+    Args:
+      base: The optimizer that moves the parameters.
+      rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
+        base itself. A scalar, or a schedule of the count of steps.
+      strength: :math:`\lambda \ge 0`, in units of :math:`1 / s_i`; 0 is SAM. The larger
+        it is, the larger a :math:`\rho` it wants. A scalar, or a schedule.
+      key: An int or JAX PRNG key.
+      delta: Step of the finite difference; see :func:`reweight_by_sharpness`.
+      num_probes: Number of random directions.
+      estimator: `"finite_difference"`, or `"jvp"`, which is exact and the one to use in
+        bfloat16, at a third of a base step more.
+      normalize: Whether to divide the slopes by their mean, so that `strength` has no
+        unit.
+
+    Returns:
+      The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
+      the arguments of its update, their shapes and what they raise.
+
+    Raises:
+      TypeError: If `base` is no transformation, `rho`, `strength` or `delta` no real
+        scalar or schedule, `key` no key, or another argument of the wrong type.
+      ValueError: If one of them is out of range or `estimator` unknown.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.rw_sam(optax.sgd(0.1), rho=0.5, strength=0.1)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params, batch = jnp.zeros(2), jnp.array([[1.0, 1.0], [3.0, 0.0]])
+      >>> value, updates, opt_state = step(params, tx.init(params), batch)
+      >>> effective = optax.tree.get(opt_state, "effective_sample_size")
+      >>> print(1 < effective < 2)
+      True
+
+    References:
+      `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
+    """
+    reweight = reweight_by_sharpness(
+        strength,
+        key=key,
+        delta=delta,
+        num_probes=num_probes,
+        estimator=estimator,
+        normalize=normalize,
+    )
+    return sharpness_aware(base, optax.chain(reweight, scale_to_radius(rho)))
 
 
 def reweight_by_sharpness(

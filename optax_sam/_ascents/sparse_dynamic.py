@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
 from optax_sam._base.devices import place_like
 from optax_sam._base.hyperparameters import (
@@ -19,8 +20,89 @@ from optax_sam._base.hyperparameters import (
     key_data,
 )
 from optax_sam._engine import protocol
+from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._masks import masking, top_k
 from optax_sam._masks.patterns import check_sparsity, num_kept
+
+
+def dynamic_sparse_sam(
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    sparsity: float,
+    *,
+    refresh_every: int,
+    decay_steps: int,
+    drop_fraction: ScalarOrSchedule = 0.5,
+    drop_by: Literal["gradient", "weight"] = "gradient",
+    grow_by: Literal["random", "gradient"] = "random",
+    key: Any = 0,
+    rescale: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sparse SAM, SSAM-D: SAM on a set of weights that drops some and grows others.
+
+    .. math::
+      \varepsilon_t = \rho \, \frac{g_t}{\|g_t\|} \odot m_t, \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    A step costs two gradients, as in SAM, and a change of the mask next to nothing.
+
+    Args:
+      base: The optimizer that moves the parameters.
+      rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
+        base itself. A scalar, or a schedule of the count of steps.
+      sparsity: Share of the weights to leave out, in [0, 1]; a Python number.
+      refresh_every: Steps between changes of the mask, at least 1.
+      decay_steps: Steps until the mask stays, at least 1: the length of the training.
+      drop_fraction: Share of the kept weights to drop at the start, in [0, 1]. A
+        scalar, or a schedule.
+      drop_by: `"gradient"` or `"weight"`, see :func:`sparsify_dynamically`.
+      grow_by: `"random"` or `"gradient"`.
+      key: An int or JAX PRNG key.
+      rescale: Whether the masked :math:`\varepsilon` is brought back to the length
+        :math:`\rho`. The papers leave it shorter.
+
+    Returns:
+      The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
+      the arguments of its update, their shapes and what they raise.
+
+    Raises:
+      TypeError: If `base` is no transformation, `rho` or `drop_fraction` no real scalar
+        or schedule, `sparsity` no number, a count no integer, or `key` no key.
+      ValueError: If `rho` is negative, not finite or no scalar, `sparsity` or
+        `drop_fraction` outside [0, 1], a count less than 1, or `drop_by` or `grow_by`
+        unknown.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.dynamic_sparse_sam(
+      ...     optax.sgd(0.1), 0.5, 0.75, refresh_every=1, decay_steps=3
+      ... )
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params, batch = jnp.zeros(8), jnp.ones((4, 8))
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(3):
+      ...     value, updates, opt_state = step(params, opt_state, batch)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(optax.tree.get(opt_state, "mask").sum())
+      2
+
+    References:
+      Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
+      Approach <https://arxiv.org/abs/2210.05177>`_, 2022
+    """
+    sparsify = sparsify_dynamically(
+        sparsity,
+        refresh_every=refresh_every,
+        decay_steps=decay_steps,
+        drop_fraction=drop_fraction,
+        drop_by=drop_by,
+        grow_by=grow_by,
+        key=key,
+    )
+    radius = scale_to_radius(rho)
+    ascent = optax.chain(radius, sparsify, *([radius] if rescale else []))
+    return sharpness_aware(base, ascent)
 
 
 def sparsify_dynamically(

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import (
+    ScalarOrSchedule,
     as_key,
     check_choice,
     check_integer,
@@ -17,8 +19,94 @@ from optax_sam._base.hyperparameters import (
     key_data,
 )
 from optax_sam._engine import protocol
+from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._masks import fisher, masking
 from optax_sam._masks.patterns import Pattern
+
+
+def sparse_sam(
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    pattern: Pattern,
+    *,
+    refresh_every: int,
+    num_examples: int = 128,
+    estimator: Literal["per_example", "probes"] = "per_example",
+    chunk_size: int = 4,
+    num_probes: int = 4,
+    key: Any = 0,
+    rescale: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sparse SAM, SSAM-F: SAM on the weights of largest Fisher information.
+
+    .. math::
+      \varepsilon_t = \rho \, \frac{g_t}{\|g_t\|} \odot m, \quad
+      m = \text{pattern}\Big(\frac{1}{n} \sum_i (\nabla \ell_i)^2\Big), \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    A step costs two gradients, as in SAM: an array of zeros saves no time. Every
+    `refresh_every` steps it costs the scores of `num_examples` examples more. For a
+    step that is cheaper see :func:`optax_sam.perturb_only` and
+    :mod:`optax_sam.implicit`. Update needs `loss_fn` and `batch`, with losses per
+    example.
+
+    Args:
+      base: The optimizer that moves the parameters.
+      rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
+        base itself. A scalar, or a schedule of the count of steps.
+      pattern: From scores to masks, such as `optax_sam.unstructured(0.5)`.
+      refresh_every: Steps between masks, at least 1; the papers use 1 to 10 epochs.
+      num_examples: The first so many examples of the batch are scored.
+      estimator: `"per_example"` or `"probes"`, see :func:`sparsify_by_fisher`.
+      chunk_size: Examples whose gradients are in memory at once.
+      num_probes: Draws of signs for `"probes"`.
+      key: An int or JAX PRNG key, for `"probes"`.
+      rescale: Whether the masked :math:`\varepsilon` is brought back to the length
+        :math:`\rho`. The papers leave it shorter.
+
+    Returns:
+      The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
+      the arguments of its update, their shapes and what they raise.
+
+    Raises:
+      TypeError: If `base` is no transformation, `rho` no real scalar or schedule,
+        `pattern` no function, or a count no integer.
+      ValueError: If `rho` is negative, not finite or no scalar, a count less than 1, or
+        `estimator` unknown.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.sparse_sam(
+      ...     optax.sgd(0.1), 0.5, optax_sam.unstructured(0.5), refresh_every=2
+      ... )
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params, batch = jnp.zeros(2), jnp.array([[1.0, 2.0], [1.0, 2.0]])
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(3):
+      ...     value, updates, opt_state = step(params, opt_state, batch)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{value:.3f}")
+      5.000
+      2.922
+      1.664
+
+    References:
+      Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
+      Approach <https://arxiv.org/abs/2210.05177>`_, 2022
+    """
+    sparsify = sparsify_by_fisher(
+        pattern,
+        refresh_every=refresh_every,
+        num_examples=num_examples,
+        estimator=estimator,
+        chunk_size=chunk_size,
+        num_probes=num_probes,
+        key=key,
+    )
+    radius = scale_to_radius(rho)
+    ascent = optax.chain(radius, sparsify, *([radius] if rescale else []))
+    return sharpness_aware(base, ascent)
 
 
 def sparsify_by_fisher(

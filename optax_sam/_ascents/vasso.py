@@ -7,8 +7,70 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
+from optax_sam._engine.sharpness_aware import sharpness_aware
+
+
+def vasso(
+    base: optax.GradientTransformation,
+    rho: ScalarOrSchedule,
+    theta: ScalarOrSchedule,
+    *,
+    accumulator_dtype: chex.ArrayDType | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""VaSSO: SAM that ascends along a moving average of the gradients.
+
+    .. math::
+      d_0 = g_0, \quad d_t = (1 - \theta) \, d_{t-1} + \theta \, g_t, \quad
+      \varepsilon_t = \rho \, \frac{d_t}{\|d_t\|}, \qquad
+      w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
+
+    A step costs two gradients, and the state holds one more copy of the parameters.
+
+    Args:
+      base: The optimizer that moves the parameters.
+      rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm; 0 is the
+        base itself. A scalar, or a schedule of the count of steps.
+      theta: Weight of the newest gradient, in [0, 1]; 1 is SAM. The paper's studies
+        use 0.2, 0.4 and 0.9. A scalar, or a schedule.
+      accumulator_dtype: Floating-point dtype of the average; None means float32 or
+        wider.
+
+    Returns:
+      The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
+      the arguments of its update, their shapes and what they raise.
+
+    Raises:
+      TypeError: If `base` is no transformation, `rho` or `theta` no real scalar or
+        schedule, or `accumulator_dtype` no floating-point dtype.
+      ValueError: If `rho` is negative or not finite, `theta` outside [0, 1], or one of
+        them no scalar.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.vasso(optax.sgd(0.1, momentum=0.9), rho=0.5, theta=0.4)
+      >>> loss_fn = lambda w, batch: jnp.sum((batch - w[None]) ** 2, -1)
+      >>> step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+      >>> params = jnp.zeros(2)
+      >>> opt_state = tx.init(params)
+      >>> for batch in (jnp.ones((4, 2)), jnp.eye(2), -jnp.eye(2)):
+      ...     value, updates, opt_state = step(params, opt_state, batch)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{value:.3f}")
+      2.000
+      0.605
+      3.058
+
+    References:
+      Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
+      Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
+    """
+    ascent = optax.chain(
+        suppress_variance(theta, accumulator_dtype), scale_to_radius(rho)
+    )
+    return sharpness_aware(base, ascent)
 
 
 def suppress_variance(
