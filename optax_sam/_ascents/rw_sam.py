@@ -10,16 +10,19 @@ import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
+from optax_sam._base.checks import checked
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
     ScalarOrSchedule,
     as_key,
     as_schedule,
+    check_bool,
     check_choice,
     check_integer,
     key_at,
     key_data,
 )
+from optax_sam._base.losses import check_per_example, linearise, uniform_weights
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
@@ -162,11 +165,7 @@ def reweight_by_sharpness(
     strength_at = as_schedule(owner, "strength", strength)
     delta_at = as_schedule(owner, "delta", delta, low=1e-37)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
-    if not isinstance(normalize, bool):
-        raise TypeError(
-            f"{owner}: normalize must be True or False, got {normalize!r}; under "
-            "optax.inject_hyperparams name it in static_args."
-        )
+    check_bool(owner, "normalize", normalize)
     check_choice(owner, "estimator", estimator, ("finite_difference", "jvp"))
     seed = as_key(owner, key)
 
@@ -198,13 +197,13 @@ def reweight_by_sharpness(
         # The losses to compare with are those of the clean pass.
         loss_fn = loss_fn if ascent_loss_fn is None else ascent_loss_fn
         protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
-        loss_fn = protocol.checked("loss_fn", loss_fn, "params", "batch")
+        loss_fn = checked("loss_fn", loss_fn, "params", "batch")
 
         def losses_at(params: optax.Params) -> jax.Array:
-            return protocol.check_per_example(owner, loss_fn(params, batch))
+            return check_per_example(owner, loss_fn(params, batch))
 
         if losses is None or pullback is None:
-            losses, pullback = protocol.linearise(losses_at, devices.vary(params))
+            losses, pullback = linearise(losses_at, devices.vary(params))
         slopes = _slopes(
             losses_at,
             devices.vary(params),
@@ -214,7 +213,7 @@ def reweight_by_sharpness(
             None if estimator == "jvp" else delta_at(state.count),
             num_probes,
         )
-        uniform = protocol.uniform_weights(losses).astype(slopes.dtype)
+        uniform = uniform_weights(losses).astype(slopes.dtype)
         strength = strength_at(state.count).astype(slopes.dtype)
         weights, mean = _gibbs(slopes, strength, uniform, normalize, devices)
         # Weights of a device's examples, relative to its share of the batch: hence the

@@ -187,7 +187,10 @@ def sparsify_dynamically(
 
     def init_fn(params: optax.Params) -> SparsifyDynamicallyState:
         return SparsifyDynamicallyState(
-            count=jnp.zeros([], jnp.int32), mask=draw(params), key=key_data(seed)
+            count=jnp.zeros([], jnp.int32),
+            mask=draw(params),
+            since=jnp.zeros([], jnp.int32),
+            key=key_data(seed),
         )
 
     def update_fn(
@@ -221,7 +224,8 @@ def sparsify_dynamically(
         due = state.count % refresh_every == 0
         mask = masking.refresh_if(due, new_mask, state.mask, updates)
         count = optax.safe_increment(state.count)
-        return masked, SparsifyDynamicallyState(count, mask, state.key)
+        since = jnp.where(due, count, state.since)
+        return masked, SparsifyDynamicallyState(count, mask, since, state.key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -232,11 +236,13 @@ class SparsifyDynamicallyState(NamedTuple):
     Attributes:
       count: Number of steps taken, an int32 scalar.
       mask: The mask of the next step, bools of the shapes of the parameters.
+      since: Count of the first step of this mask, an int32 scalar.
       key: Data of the PRNG key that random growth is drawn with.
     """
 
     count: jax.Array  # type: ignore[assignment]
     mask: chex.ArrayTree
+    since: jax.Array
     key: jax.Array
 
 

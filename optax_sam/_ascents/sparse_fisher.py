@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
+from optax_sam._base.checks import checked
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import (
     ScalarOrSchedule,
@@ -18,6 +19,7 @@ from optax_sam._base.hyperparameters import (
     key_at,
     key_data,
 )
+from optax_sam._base.losses import check_per_example, linearise
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._masks import fisher, masking
@@ -190,6 +192,7 @@ def sparsify_by_fisher(
         return SparsifyByFisherState(
             count=jnp.zeros([], jnp.int32),
             mask=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params),
+            since=jnp.zeros([], jnp.int32),
             key=key_data(seed),
         )
 
@@ -218,7 +221,7 @@ def sparsify_by_fisher(
         if scoring_batch is not protocol.MISSING:
             batch, clean = scoring_batch, (None, None)
         protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
-        loss_fn = protocol.checked("loss_fn", loss_fn, "params", "batch")
+        loss_fn = checked("loss_fn", loss_fn, "params", "batch")
         masking.check(f"{owner}: state.mask", state.mask, params)
 
         def new_mask() -> chex.ArrayTree:
@@ -230,9 +233,9 @@ def sparsify_by_fisher(
         due = state.count % refresh_every == 0
         mask = masking.refresh_if(due, new_mask, state.mask, updates)
         count = optax.safe_increment(state.count)
-        return masking.apply(mask, updates), SparsifyByFisherState(
-            count, mask, state.key
-        )
+        since = jnp.where(due, state.count, state.since)
+        state = SparsifyByFisherState(count, mask, since, state.key)
+        return masking.apply(mask, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -243,11 +246,13 @@ class SparsifyByFisherState(NamedTuple):
     Attributes:
       count: Number of steps taken, an int32 scalar.
       mask: The mask of the last step, bools of the shapes of the parameters.
+      since: Count of the first step of this mask, an int32 scalar.
       key: Data of the PRNG key that the signs of probes are drawn with.
     """
 
     count: jax.Array  # type: ignore[assignment]
     mask: chex.ArrayTree
+    since: jax.Array
     key: jax.Array
 
 
@@ -283,8 +288,8 @@ def _estimator(
             # Of several devices every one has to know how many the others have.
             first = num_examples if axis_name is None else None
             examples = fisher.first_examples(owner, batch, first)
-            losses, pullback = protocol.linearise(
-                lambda p: protocol.check_per_example(owner, loss_fn(p, examples)),
+            losses, pullback = linearise(
+                lambda p: check_per_example(owner, loss_fn(p, examples)),
                 Devices(axis_name).vary(params),
             )
         return fisher.fisher_from_probes(

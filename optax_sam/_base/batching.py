@@ -1,10 +1,13 @@
 """A batch as what it is made of: examples along the first axis of its arrays."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from optax_sam._base.devices import Devices
 
 
 def count(owner: str, batch: Any) -> int:
@@ -25,6 +28,37 @@ def count(owner: str, batch: Any) -> int:
             f"common, their first; got lengths {sorted(sizes) or 'of no arrays'}."
         )
     return int(sizes.pop())
+
+
+def split(owner: str, batch: Any, size: int, at_once: Any, devices: Devices) -> Any:
+    """Cuts a batch `[B, ...]` into micro-batches `[rounds, at_once, size, ...]`."""
+    num_examples = count(owner, batch)
+    holder = "the batch" if devices.size() == 1 else "a device"
+    if num_examples % size:
+        divisors = [m for m in range(1, num_examples + 1) if num_examples % m == 0]
+        raise ValueError(
+            f"{owner}: micro_batch_size = {size} does not divide the {num_examples} "
+            f"examples of {holder}; drop the incomplete micro-batch, or choose one of "
+            f"{divisors}."
+        )
+    number = num_examples // size
+    at_once = number if at_once is None else min(at_once, number)
+    if number % at_once:
+        raise ValueError(
+            f"{owner}: micro_batches_at_once = {at_once} does not divide the {number} "
+            f"micro-batches of the {num_examples} examples of {holder}; choose a "
+            "divisor, or None for all at once."
+        )
+    return cut(batch, at_once, size)
+
+
+def side_by_side(fn: Callable[[Any], Any], parts: Any) -> Any:
+    """Maps over parts of a batch `[at_once, ...]`, computed at the same time."""
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        # Without vmap, which makes convolutions grouped ones.
+        one = fn(jax.tree.map(lambda x: x[0], parts))
+        return jax.tree.map(lambda x: x[None], one)
+    return jax.vmap(fn)(parts)
 
 
 def is_placed(x: jax.Array) -> bool:

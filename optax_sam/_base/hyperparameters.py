@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import chex
 import jax
@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_sam._base.checks import refuse
+
 ScalarOrSchedule: TypeAlias = chex.Numeric | optax.Schedule
-_NUMERIC = (jax.Array, np.ndarray, np.generic, int, float)
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+_STATIC = "under optax.inject_hyperparams name it in static_args"
 
 
 def as_schedule(
@@ -40,33 +43,42 @@ def as_schedule(
     """
     if callable(value):
         return _checked_schedule(owner, name, value)
-    interval = (
-        f"[{low:g}, {high:g}]" if high < math.inf else f"a finite number >= {low:g}"
-    )
-    remedy = f"pass {'a number in ' if high < math.inf else ''}{interval} or a schedule"
-    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
-    dtype = jnp.result_type(value) if is_array else None
-    is_real_array = dtype is not None and (
-        jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    )
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number or is_real_array):
-        raise TypeError(
-            f"{owner}: {name} must be a real scalar or a schedule, got "
-            f"{value!r} of type {type(value).__name__}; {remedy}."
-        )
-    if np.shape(value):
-        raise ValueError(
-            f"{owner}: {name} must be a scalar, got an array of shape "
-            f"{np.shape(value)}; {remedy}."
-        )
-    if not isinstance(value, jax.core.Tracer):
-        number = float(value)
-        # Written so that NaN fails.
-        if not (low <= number <= high and math.isfinite(number)):
-            raise ValueError(f"{owner}: {name} = {number:g} is out of range; {remedy}.")
-    constant = value if is_array else float(value)
+    value = check_number(owner, name, value, low=low, high=high, other=" or a schedule")
+    constant = value if isinstance(value, _ARRAYS) else float(value)
     return lambda count: jnp.asarray(constant)
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    positive: bool = False,
+    other: str = "",
+) -> Any:
+    """Returns a real scalar of an interval, or above zero if positive, or refuses it.
+
+    `other` names, for the message, what else would do.
+    """
+    interval = f"a finite number {'>' if positive else '>='} {low:g}"
+    if high < math.inf:
+        interval = f"a number in [{low:g}, {high:g}]"
+    remedy = f"pass {interval}{other}"
+    kind = f"a real scalar{other}"
+    if not _is_number(value, numbers.Real, jnp.floating, jnp.integer):
+        refuse(owner, f"{name} must be {kind}", value, remedy, TypeError)
+    if np.shape(value):
+        what = f"{name} must be a scalar and not an array of shape {np.shape(value)}"
+        refuse(owner, what, value, remedy)
+    if isinstance(value, jax.core.Tracer):
+        return value
+    number = float(value)
+    in_range = low <= number <= high and math.isfinite(number)  # NaN is not.
+    if not in_range or (positive and number == 0):
+        _refuse_size(owner, name, f"{number:g}", remedy)
+    return value
 
 
 def _checked_schedule(
@@ -74,11 +86,10 @@ def _checked_schedule(
 ) -> Callable[[chex.Numeric], jax.Array]:
     def checked(count: chex.Numeric) -> jax.Array:
         value = schedule(count)
-        if not isinstance(value, _NUMERIC) or jnp.shape(value):
-            raise ValueError(
-                f"{owner}: the schedule {name} must return a scalar, got {value!r}; "
-                f"pass a function from the count of steps to {name}."
-            )
+        if not isinstance(value, (*_ARRAYS, int, float)) or jnp.shape(value):
+            what = f"the schedule {name} must return a scalar"
+            remedy = f"pass a function from the count of steps to {name}"
+            refuse(owner, what, value, remedy)
         return jnp.asarray(value)
 
     return checked
@@ -88,26 +99,22 @@ def check_integer(
     owner: str, name: str, value: Any, low: int | None = None, *, static: bool = False
 ) -> Any:
     """Returns an integer, or refuses it; unless it is static, an array will do."""
-    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
-    is_integer = (
-        jnp.issubdtype(jnp.result_type(value), jnp.integer) and not np.shape(value)
-        if is_array
-        else isinstance(value, int) and not isinstance(value, bool)
-    )
-    at_least = "" if low is None else f" >= {low}"
+    at_least = "an integer" if low is None else f"an integer >= {low}"
+    is_integer = _is_number(value, int, jnp.integer) and not np.shape(value)
     if not is_integer or (static and isinstance(value, jax.Array)):
-        raise TypeError(
-            f"{owner}: {name} must be an integer{at_least}, got {value!r} of type "
-            f"{type(value).__name__}; under optax.inject_hyperparams name it in "
-            "static_args."
-        )
+        refuse(owner, f"{name} must be {at_least}", value, _STATIC, TypeError)
     if isinstance(value, jax.core.Tracer):
         return value
     if low is not None and value < low:
-        raise ValueError(
-            f"{owner}: {name} = {value} is out of range; pass an integer{at_least}."
-        )
+        _refuse_size(owner, name, value, f"pass {at_least}")
     return int(value)
+
+
+def check_bool(owner: str, name: str, value: Any) -> bool:
+    """Returns a bool, or refuses what is none."""
+    if not isinstance(value, bool):
+        refuse(owner, f"{name} must be True or False", value, _STATIC, TypeError)
+    return value
 
 
 def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -115,9 +122,19 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
     if not (isinstance(value, str) and value in choices):
         raise ValueError(
             f"{owner}: {name} = {value!r} is unknown; pass "
-            f"{' or '.join(map(repr, choices))}, and under optax.inject_hyperparams "
-            "name it in static_args."
+            f"{' or '.join(map(repr, choices))}, and {_STATIC}."
         )
+
+
+def _is_number(value: Any, python: type, *arrays: Any) -> bool:
+    """Whether a value is of a Python type of numbers, or of one of dtypes."""
+    if isinstance(value, _ARRAYS):
+        return any(jnp.issubdtype(jnp.result_type(value), kind) for kind in arrays)
+    return isinstance(value, python) and not isinstance(value, bool)
+
+
+def _refuse_size(owner: str, name: str, value: Any, remedy: str) -> NoReturn:
+    raise ValueError(f"{owner}: {name} = {value} is out of range; {remedy}.")
 
 
 def as_key(owner: str, key: Any) -> Any:

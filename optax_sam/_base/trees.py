@@ -41,6 +41,22 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     return map_present(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
 
 
+def displace(params: optax.Params, displacement: chex.ArrayTree) -> optax.Params:
+    """The parameters displaced, in their dtypes; one rounding for the sum.
+
+    Leaves that are absent from the displacement stay as they are.
+    """
+
+    def move(d: Any, p: Any) -> Any:
+        if is_absent(d):
+            return p
+        dtype = jnp.result_type(p)
+        wide = accumulator_dtype(dtype)
+        return (jnp.asarray(p, wide) + jnp.asarray(d, wide)).astype(dtype)
+
+    return jax.tree.map(move, displacement, params, is_leaf=is_absent)
+
+
 def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether no entry of a tree is infinite or NaN."""
     # Not isfinite(max_abs): XLA on the CPU drops NaN from large float32 maxima.

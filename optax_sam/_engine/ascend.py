@@ -1,110 +1,103 @@
-"""Whose examples ascend together: those of all devices, of a device, a micro-batch.
+"""One ascent: from a clean gradient to a perturbation that is finite.
 
-Where several ascend each for themselves, all start from the ascent's state before the
-step. It then advances once, by all examples along the mean of the clean gradients.
+An ascent is any gradient transformation; nothing here knows which.
 """
 
-import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
+import jax
+import jax.numpy as jnp
 import optax
 
-from optax_sam._base.devices import Devices
-from optax_sam._engine import micro_batches, protocol
-from optax_sam._engine.passes import Ascended, Passes, two_passes
+from optax_sam._base import trees
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A step to be made, of which any examples may make their own passes.
+class Ascended(NamedTuple):
+    """Where an ascent leads to.
 
     Attributes:
-      ascend: From `(gradient, params=..., **arguments)` to the perturbation and the
-        ascent's new state.
-      params: The parameters.
-      gradient_at: From parameters to the gradient there, of this device's examples.
-      arguments: The extra arguments of the step.
-      devices: Those that share the batch.
+      epsilon: The perturbation: a tree like the parameters, or with
+        `optax.MaskedNode` for leaves that are not perturbed; zeros unless finite.
+      state: The ascent's new state, which counts only if finite.
+      finite: Whether what the ascent read was finite, a bool scalar.
     """
 
-    ascend: Callable[..., Ascended]
-    params: optax.Params
-    gradient_at: Callable[[optax.Params], optax.Updates]
-    arguments: dict[str, Any]
-    devices: Devices
+    epsilon: optax.Updates
+    state: optax.OptState
+    finite: jax.Array
 
-    def over_all(self, gradient: optax.Updates) -> tuple[Passes, optax.OptState]:
-        """All examples ascend together, along the mean of the devices' gradients."""
-        if "axis_name" not in self.arguments:
-            gradient = self.devices.mean(self.devices.own("grads", gradient))
-        return two_passes(
-            self._ascend_together,
-            gradient,
-            self.params,
-            lambda p: self.devices.mean(self.gradient_at(self.devices.vary(p))),
-        )
 
-    def over_devices(self, gradient: optax.Updates) -> tuple[Passes, optax.OptState]:
-        """The examples of each device ascend for themselves."""
-        if "axis_name" in self.arguments:  # Then this gradient is a mean already.
-            losses, pullback = map(self.arguments.get, ("losses", "pullback"))
-            protocol.require(
-                "sharpness_aware: sync_ascent=False", losses=losses, pullback=pullback
-            )
-            clean = protocol.clean_arguments(losses, pullback)  # type: ignore[arg-type]
-        else:
-            clean = {"grad": gradient}
-        self.devices.own("grads", clean["grad"])
-        return self._advance(self._alone(clean, self.gradient_at))
+def ascend(
+    ascent: optax.GradientTransformationExtraArgs,
+    gradient: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    arguments: dict[str, Any],
+) -> Ascended:
+    """Ascends along a clean gradient; one that is not finite leads nowhere.
 
-    def over_micro_batches(
-        self, size: int, at_once: int | None
-    ) -> tuple[Passes, optax.OptState]:
-        """The examples of each micro-batch ascend for themselves."""
-        batch = self.arguments["batch"]
-        # They share the scores of parameters.
-        arguments = {"scoring_batch": batch} | self.arguments
-        step = dataclasses.replace(self, arguments=arguments)
-        passes = micro_batches.mean(
-            step._over_micro_batch,
-            micro_batches.split(batch, size, at_once, self.devices),
-            self.devices.vary(self.params),
-        )
-        return step._advance(passes)
+    The ascent is traced once. What it reads is seen in the trace, which is then
+    evaluated.
+    """
+    leaves, structure = jax.tree.flatten(gradient)
 
-    def _over_micro_batch(self, batch: Any) -> Passes:
-        loss_fn = self.arguments["loss_fn"]
-        clean_fn = self.arguments.get("ascent_loss_fn", loss_fn)
-        clean_fn = protocol.checked("loss_fn", clean_fn, "params", "batch")
-        params = self.devices.vary(self.params)
-        losses, pullback = protocol.pass_over(batch, clean_fn, params)
-        return self._alone(
-            {"batch": batch} | protocol.clean_arguments(losses, pullback),
-            protocol.gradient_function(loss_fn, batch, None),
-        )
+    def update(*leaves: jax.Array) -> tuple[optax.Updates, optax.OptState]:
+        gradient = jax.tree.unflatten(structure, leaves)
+        epsilon, new = ascent.update(gradient, state, params, **arguments)
+        return epsilon, new
 
-    def _alone(
-        self,
-        clean: dict[str, Any],
-        gradient_at: Callable[[optax.Params], optax.Updates],
-    ) -> Passes:
-        """The passes over examples of which `clean` describes the clean pass."""
-        arguments = self.arguments | clean
-        arguments |= protocol.given(scoring_axis_name=self.devices.axis_name)
-        arguments.pop("axis_name", None)
-        params = self.devices.vary(self.params)
-        ascend = partial(self.ascend, params=params, **arguments)
-        return two_passes(ascend, clean["grad"], params, gradient_at)[0]
+    trace: Any = jax.make_jaxpr(update, return_shape=True)
+    evaluate: Any = jax.core.eval_jaxpr
+    closed, shapes = trace(*leaves)
+    found = evaluate(closed.jaxpr, closed.consts, *leaves)
+    epsilon, new = jax.tree.unflatten(jax.tree.structure(shapes), found)
+    read = _read(closed.jaxpr, leaves, epsilon, new)
+    finite = trees.all_finite(read)
+    epsilon = trees.map_present(lambda e: _zero_unless(finite, e), epsilon)
+    return Ascended(epsilon, new, finite)
 
-    def _advance(self, passes: Passes) -> tuple[Passes, optax.OptState]:
-        """The mean over devices, and the state after it."""
-        clean, gradient, finite = passes
-        clean, gradient = self.devices.mean((clean, gradient))
-        passes = Passes(clean, gradient, self.devices.all(finite))
-        return passes, self._ascend_together(clean)[1]
 
-    def _ascend_together(self, gradient: optax.Updates) -> Ascended:
-        arguments = self.arguments | protocol.given(axis_name=self.devices.axis_name)
-        return self.ascend(gradient, params=self.params, **arguments)
+def advance_if(
+    condition: jax.Array, new: chex.ArrayTree, old: chex.ArrayTree
+) -> chex.ArrayTree:
+    """The new state of an ascent if a scalar condition holds, or the old one."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _read(
+    jaxpr: Any,
+    gradient: list[jax.Array],
+    epsilon: optax.Updates,
+    state: optax.OptState,
+) -> list[jax.Array]:
+    """What has to be finite: all of the gradient that the ascent reads.
+
+    To look at a leaf that the ascent leaves unread, since a static mask drops it or a
+    gradient of its own replaces it, would make XLA compute it; one that is dropped
+    after an average or a norm has read it must be looked at. A gradient of the
+    ascent's own is seen in what it makes of it, epsilon and its state.
+    """
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(
+        map(id, jaxpr.outvars)
+    )
+    unread = [id(v) not in used for v in jaxpr.invars]
+    made = jax.tree.leaves(epsilon, is_leaf=trees.is_absent)
+    own = [e for e, u in zip(made, unread, strict=True) if u and not trees.is_absent(e)]
+    if own:
+        numbers = jax.tree.leaves(state)
+        own += [x for x in numbers if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    return [g for g, u in zip(gradient, unread, strict=True) if not u] + own
+
+
+def _zero_unless(condition: jax.Array, e: Any) -> jax.Array:
+    """Zeros unless a scalar condition holds.
+
+    By a mask of bits: where a float is selected, XLA may fuse the product that scales
+    it with the addition to the parameters, rounding once for two. Whether it does
+    depends on what else is in the chain, and a mask of ones would not be SAM exactly.
+    """
+    e = jnp.asarray(e)
+    unsigned = jnp.dtype(f"uint{8 * e.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(e, unsigned) & -condition.astype(unsigned)
+    return jax.lax.bitcast_convert_type(bits, e.dtype)

@@ -9,17 +9,18 @@ Nothing here knows a method: each is an ascent, an ordinary gradient transformat
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from optax_sam._base import trees
+from optax_sam._base.checks import check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
-from optax_sam._base.hyperparameters import check_integer
-from optax_sam._engine import micro_batches, protocol
-from optax_sam._engine.ascend import Step
+from optax_sam._base.hyperparameters import check_bool, check_integer
+from optax_sam._engine import protocol
+from optax_sam._engine.ascend import Ascended, advance_if, ascend
+from optax_sam._engine.groups import Examples, Group, Passes
 
 
 def sharpness_aware(
@@ -155,13 +156,11 @@ def sharpness_aware(
     ):
         if value is not None:
             check_integer("sharpness_aware", name, value, low=1, static=True)
-    if not isinstance(sync_ascent, bool):
-        raise TypeError(
-            f"sharpness_aware: sync_ascent must be True or False, got {sync_ascent!r}."
-        )
+    check_bool("sharpness_aware", "sync_ascent", sync_ascent)
+    own_axis_name = axis_name
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
-        protocol.check_parameters(params)
+        check_parameters(params)
         state = SharpnessAwareState(ascent.init(params), base.init(params))
         placed: SharpnessAwareState = place_like(state, params)
         return placed
@@ -174,44 +173,44 @@ def sharpness_aware(
         loss_fn: Callable[..., jax.Array] | None = None,
         batch: Any = protocol.MISSING,
         grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
+        axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        protocol.check_parameters(params)
-        protocol.check_gradient("grads", updates, params)
-        _check_state(state)
-        if micro_batch_size is not None and grad_fn is not None:
-            raise ValueError(
-                "sharpness_aware: with micro_batch_size each micro-batch has a "
-                "gradient of its own, which grad_fn(params) cannot give; pass loss_fn "
-                "and batch in its place."
+        _check(updates, state, params, grad_fn, micro_batch_size)
+        devices = _devices_of(own_axis_name, axis_name, sync_ascent)
+        averaged = axis_name is not None
+        examples = Examples.of_step(
+            params, devices, averaged, extra_args, loss_fn, batch, grad_fn
+        )
+
+        def ascend_along(gradient: Any, params: Any, arguments: Any) -> Ascended:
+            return ascend(ascent, gradient, state.ascent_state, params, arguments)
+
+        def two_passes(group: Group) -> Passes:
+            epsilon, ascent_state, finite = ascend_along(
+                group.gradient, group.params, group.arguments
             )
-        gradient_at = protocol.gradient_function(loss_fn, batch, grad_fn)
-        devices = _devices_of(axis_name, sync_ascent, extra_args)
-        if "axis_name" not in extra_args:  # Then these are a device's own.
-            own = {name: extra_args.get(name) for name in ("value", "grad")}
-            extra_args |= devices.mean(protocol.given(**own))
-        extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
-        ascend = partial(ascent.update, state=state.ascent_state)
-        step = Step(ascend, params, gradient_at, extra_args, devices)
-        size, at_once = micro_batch_size, micro_batches_at_once
-        if size is not None and not (
-            sync_ascent and micro_batches.is_whole(batch, size, devices)
-        ):
-            passes, ascent_state = step.over_micro_batches(size, at_once)
-        elif sync_ascent:
-            passes, ascent_state = step.over_all(updates)
+            gradient = group.gradient_at(trees.displace(group.params, epsilon))
+            return Passes(group.gradient, gradient, ascent_state, finite)
+
+        if sync_ascent and examples.are_one_group(micro_batch_size):
+            passes = two_passes(examples.all(updates))
         else:
-            passes, ascent_state = step.over_devices(updates)
-        ascent_state = jax.tree.map(
-            lambda new, old: jnp.where(passes.finite, new, old),
-            ascent_state,
-            state.ascent_state,
+            # Each group starts from the state before the step; then that advances once.
+            passes = examples.each_alone(
+                two_passes, updates, micro_batch_size, micro_batches_at_once
+            )
+            arguments = examples.shared_arguments
+            advanced = ascend_along(passes.clean_gradient, params, arguments)
+            passes = passes._replace(ascent_state=advanced.state)
+        ascent_state = advance_if(
+            passes.finite, passes.ascent_state, state.ascent_state
+        )
+        base_args = protocol.accepted(
+            base.update, examples.shared_arguments, withhold=protocol.ARGUMENTS
         )
         updates, base_state = base.update(
-            passes.gradient,
-            state.base_state,
-            params,
-            **protocol.accepted(base.update, extra_args, withhold=protocol.ARGUMENTS),
+            passes.gradient, state.base_state, params, **base_args
         )
         return updates, SharpnessAwareState(ascent_state, base_state)
 
@@ -230,28 +229,36 @@ class SharpnessAwareState(NamedTuple):
     base_state: optax.OptState
 
 
-def _check_state(state: Any) -> None:
+def _check(
+    gradient: Any, state: Any, params: Any, grad_fn: Any, micro_batch_size: int | None
+) -> None:
+    """Refuses what update cannot be called with."""
+    check_parameters(params)
+    protocol.check_gradient("grads", gradient, params)
     if not isinstance(state, SharpnessAwareState):
         raise TypeError(
             "sharpness_aware: state must be a SharpnessAwareState, got "
             f"{type(state).__name__}; start from tx.init(params) of this very "
             "transformation."
         )
-
-
-def _devices_of(
-    axis_name: AxisName | None, sync_ascent: bool, extra_args: dict[str, Any]
-) -> Devices:
-    """The devices that share the batch, by the name given here or to the update."""
-    shared = extra_args.get("axis_name")
-    names = [n if isinstance(n, tuple) else (n,) for n in (axis_name, shared)]
-    if None not in (axis_name, shared) and names[0] != names[1]:
+    if micro_batch_size is not None and grad_fn is not None:
         raise ValueError(
-            f"sharpness_aware: axis_name = {axis_name!r}, but update was called with "
+            "sharpness_aware: with micro_batch_size each micro-batch has a gradient of "
+            "its own, which grad_fn(params) cannot give; pass loss_fn and batch in its "
+            "place."
+        )
+
+
+def _devices_of(own: Any, shared: Any, sync_ascent: bool) -> Devices:
+    """The devices that share the batch, by the name given here or to the update."""
+    names = [n if isinstance(n, tuple) else (n,) for n in (own, shared)]
+    if None not in (own, shared) and names[0] != names[1]:
+        raise ValueError(
+            f"sharpness_aware: axis_name = {own!r}, but update was called with "
             f"axis_name = {shared!r}; name the axis in one place only, which for "
             "optax_sam.value_and_update is there."
         )
-    devices = Devices(axis_name if shared is None else shared)
+    devices = Devices(own if shared is None else shared)
     devices.check("sharpness_aware")
     if devices.axis_name is None and not sync_ascent:
         raise ValueError(

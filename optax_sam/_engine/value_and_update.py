@@ -4,13 +4,16 @@ It makes the call that `tx.update` wants: one clean pass, linearised once, and e
 argument of the step protocol.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import optax
 
+from optax_sam._base.checks import check_parameters
 from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
+from optax_sam._base.losses import check_losses, clean_pass, linearise, mean_loss
 from optax_sam._engine import protocol
 
 LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
@@ -96,48 +99,46 @@ def value_and_update(
     if ascent_loss_fn is not None:
         clean_fn = _losses_and_aux("ascent_loss_fn", ascent_loss_fn, has_aux)
     if scoring_loss_fn is not None:
-        score_fn = _losses_and_aux("scoring_loss_fn", scoring_loss_fn, has_aux=False)
+        scoring_fn = _losses_and_aux("scoring_loss_fn", scoring_loss_fn, has_aux=False)
 
     def step(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
-        protocol.check_parameters(params)
+        check_parameters(params)
         devices.check("value_and_update")
         own_params = devices.vary(params)
-        losses, pullback, aux = protocol.linearise(
+        losses, pullback, aux = linearise(
             lambda p: clean_fn(p, *args), own_params, has_aux=True
         )
         _check_axes(losses, own_params)
+        clean = clean_pass(losses, pullback)
+        value, gradient = devices.mean((clean.value, clean.grad))
+
+        batch, others = args[:1], args[1:]
 
         def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
-            first = 1 if args else 0
-            return lambda params, batch: fn(params, *(batch,)[:first], *args[first:])[0]
+            return lambda p, x: fn(p, *(x,)[: len(batch)], *others)[0]
 
-        clean = protocol.clean_arguments(losses, pullback)
-        for name in ("value", "grad"):
-            clean[name] = devices.mean(clean[name])
-        batch = args[0] if args else ()
         batch_losses = of_batch(perturbed_fn)
-        value_fn = _value_function(batch_losses, batch, devices)
-        extra_args = clean | {
-            "loss_fn": batch_losses,
-            "batch": batch,
+        extra_args = protocol.given(
+            batch[0] if batch else (),
+            loss_fn=batch_losses,
+            losses=losses,
+            pullback=pullback,
+            ascent_loss_fn=ascent_loss_fn and of_batch(clean_fn),
+            scoring_loss_fn=scoring_loss_fn and of_batch(scoring_fn),
+            axis_name=axis_name,
+        )
+        value_fn = _value_function(extra_args, devices)
+        extra_args |= {
+            "value": value,
+            "grad": gradient,
             "value_fn": value_fn,
             "obj_fn": value_fn,
         }
-        if axis_name is not None:
-            extra_args["axis_name"] = axis_name
-        if scoring_loss_fn is not None:
-            extra_args["scoring_loss_fn"] = of_batch(score_fn)
-        if ascent_loss_fn is not None:
-            extra_args["ascent_loss_fn"] = of_batch(clean_fn)
         updates, opt_state = tx.update(
-            clean["grad"],
-            opt_state,
-            params,
-            **protocol.accepted(tx.update, extra_args),
+            gradient, opt_state, params, **protocol.accepted(tx.update, extra_args)
         )
-        value = clean["value"]
         return ((value, aux) if has_aux else value), updates, opt_state
 
     return step
@@ -154,14 +155,14 @@ def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
     def losses_and_aux(params: optax.Params, *args: Any) -> tuple[jax.Array, Any]:
         out = fn(params, *args)
         if not has_aux:
-            return protocol.check_losses(out), None
+            return check_losses(out), None
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
                 f"value_and_update: with has_aux=True {name} must return a pair "
                 f"(losses, aux), got {type(out).__name__}; return the pair or drop "
                 "has_aux."
             )
-        return protocol.check_losses(out[0]), out[1]
+        return check_losses(out[0]), out[1]
 
     return losses_and_aux
 
@@ -179,33 +180,28 @@ def _check_axes(losses: jax.Array, params: optax.Params) -> None:
 
 
 def _value_function(
-    loss_fn: Callable[..., jax.Array], batch: Any, devices: Devices
+    arguments: dict[str, Any], devices: Devices
 ) -> Callable[..., jax.Array]:
     """The clean mean loss as a function of params alone, for line searches."""
+    loss_fn, batch = arguments["loss_fn"], arguments["batch"]
 
     def own_loss(params: optax.Params) -> jax.Array:
-        loss: jax.Array = vary_like(protocol.mean_loss(loss_fn(params, batch)), params)
+        loss: jax.Array = vary_like(mean_loss(loss_fn(params, batch)), params)
         return loss
 
     alone = devices.axis_name is None
-    mean_loss = own_loss if alone else _over_devices(own_loss, devices)
+    over_all = own_loss if alone else _over_devices(own_loss, devices)
+
+    def value_fn(params: optax.Params, **arguments: Any) -> jax.Array:
+        del arguments
+        return over_all(params)
 
     # A line search hands its value_fn the extra arguments that it names, and fails on
-    # those that nobody names: hence names for all that value_and_update passes.
-    def value_fn(
-        params: optax.Params,
-        loss_fn: Any = loss_fn,
-        batch: Any = batch,
-        losses: Any = None,
-        pullback: Any = None,
-        obj_fn: Any = None,
-        scoring_loss_fn: Any = None,
-        ascent_loss_fn: Any = None,
-        axis_name: Any = None,
-    ) -> jax.Array:
-        del losses, pullback, obj_fn, scoring_loss_fn, ascent_loss_fn, axis_name
-        return mean_loss(params)
-
+    # those that nobody names.
+    names = ["params", *arguments, "obj_fn"]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    value_fn.__signature__ = signature  # type: ignore[attr-defined]
     return value_fn
 
 

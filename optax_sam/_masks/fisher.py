@@ -11,7 +11,7 @@ import optax
 from optax_sam._base import batching, trees
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import check_integer
-from optax_sam._engine import protocol
+from optax_sam._base.losses import check_per_example
 
 
 def fisher_diagonal(
@@ -73,7 +73,7 @@ def fisher_diagonal(
 
     def loss(params: optax.Params, example: Any) -> jax.Array:
         losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
-        return protocol.check_per_example(owner, losses, 1)[0]
+        return check_per_example(owner, losses, 1)[0]
 
     def squares(example: Any, counts: jax.Array | None) -> chex.ArrayTree:
         def square(g: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def fisher_from_probes(
     Returns:
       A tree like the parameters, in float32 or wider.
     """
-    protocol.check_per_example("fisher_from_probes", losses)
+    check_per_example("fisher_from_probes", losses)
     devices = Devices(axis_name)
     n, counted = _counted(devices, losses.size, num_examples)
 

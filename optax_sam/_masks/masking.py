@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import check_like
 from optax_sam._base.devices import vary_like
-from optax_sam._engine import protocol
 
 
 def apply(mask: chex.ArrayTree, updates: optax.Updates) -> optax.Updates:
@@ -53,7 +53,7 @@ def check(name: str, mask: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTr
         "A mask has one bool for each parameter: start from init(params) of this very "
         "transformation, and let a pattern map over the scores with jax.tree.map."
     )
-    protocol.check_like(name, mask, like, remedy)
+    check_like(name, mask, like, remedy)
     for path, m in jax.tree.leaves_with_path(mask):
         if jnp.result_type(m) != jnp.bool_:
             raise TypeError(

@@ -25,13 +25,19 @@ Losses of models with batch normalisation or dropout should be those in evaluati
 or close over one key, so that they are functions of the parameters alone.
 """
 
-from optax_sam.diagnostics._ascent_metrics import AscentMetrics, ascent_metrics
-from optax_sam.diagnostics._ascent_stability import AscentStability, ascent_stability
-from optax_sam.diagnostics._average_sharpness import average_sharpness
-from optax_sam.diagnostics._estimate import Estimate
-from optax_sam.diagnostics._hessian import hessian_trace, hessian_vector_product
+from optax_sam.diagnostics._ascent import (
+    AscentMetrics,
+    AscentStability,
+    ascent_metrics,
+    ascent_stability,
+)
+from optax_sam.diagnostics._hessian import (
+    Estimate,
+    hessian_trace,
+    hessian_vector_product,
+)
 from optax_sam.diagnostics._noise import gradient_covariance_trace
-from optax_sam.diagnostics._sharpness import worst_case_sharpness
+from optax_sam.diagnostics._sharpness import average_sharpness, worst_case_sharpness
 from optax_sam.diagnostics._spectrum import (
     Eigenpairs,
     SpectralDensity,

@@ -1,7 +1,7 @@
 """The Hessian of the mean loss, by its products with vectors."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -9,13 +9,25 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import check_like
 from optax_sam._base.hyperparameters import as_key, check_integer
-from optax_sam._engine import protocol
 from optax_sam.diagnostics import _loop, _vector
-from optax_sam.diagnostics._estimate import Estimate, estimate
 
 LossFn: TypeAlias = Callable[[optax.Params, Any], jax.Array]
 Product: TypeAlias = Callable[[chex.ArrayTree], chex.ArrayTree]
+
+
+class Estimate(NamedTuple):
+    """The mean of random samples.
+
+    Attributes:
+      mean: The mean, a scalar in float32 or wider.
+      standard_error: The standard deviation of the mean, estimated from the spread of
+        the samples; infinite if there is one sample only.
+    """
+
+    mean: jax.Array
+    standard_error: jax.Array
 
 
 def hessian_vector_product(
@@ -55,7 +67,7 @@ def hessian_vector_product(
     """
     gradient = gradient_function(loss_fn, params, batch)
     remedy = "Pass a direction in the space of params."
-    protocol.check_like("vector", vector, params, remedy)
+    check_like("vector", vector, params, remedy)
     at = _vector.widen(params)
     tangent = trees.cast_like(vector, at)
     product: chex.ArrayTree = jax.jvp(gradient, (at,), (tangent,))[1]
@@ -143,3 +155,12 @@ def hessian(loss_fn: LossFn, params: optax.Params, batch: Any) -> Product:
             return tangent
 
     return product
+
+
+def estimate(samples: jax.Array) -> Estimate:
+    """The mean of samples `[n]`, and how far it may be off."""
+    n = samples.shape[0]
+    mean = jnp.mean(samples)
+    if n == 1:
+        return Estimate(mean, jnp.full_like(mean, jnp.inf))
+    return Estimate(mean, jnp.std(samples, ddof=1) / n**0.5)

@@ -9,7 +9,7 @@ import optax
 
 from optax_sam._base import batching
 from optax_sam._base.hyperparameters import check_integer
-from optax_sam._engine import protocol
+from optax_sam._base.losses import check_per_example
 from optax_sam.diagnostics import _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn
 
@@ -72,7 +72,7 @@ def gradient_covariance_trace(
     def gradient(example: Any) -> chex.ArrayTree:
         def loss(wide: chex.ArrayTree) -> jax.Array:
             losses = _vector.losses_function(loss_fn, params, example)(wide)
-            return protocol.check_per_example(owner, losses, 1)[0]
+            return check_per_example(owner, losses, 1)[0]
 
         return jax.grad(loss)(_vector.widen(params))
 

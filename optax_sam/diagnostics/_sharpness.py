@@ -1,4 +1,4 @@
-"""Worst-case sharpness: how much the loss can rise around the parameters."""
+"""Sharpness: how much the loss rises around the parameters, at worst and on average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import batching
-from optax_sam._base.hyperparameters import as_key, check_integer
+from optax_sam._base.devices import Devices
+from optax_sam._base.hyperparameters import (
+    as_key,
+    check_bool,
+    check_integer,
+    check_number,
+)
 from optax_sam.diagnostics import _loop, _vector
-from optax_sam.diagnostics._ball import displacement, random_unit
-from optax_sam.diagnostics._estimate import check_number
-from optax_sam.diagnostics._hessian import LossFn
+from optax_sam.diagnostics._hessian import Estimate, LossFn, estimate
 
 
 def worst_case_sharpness(
@@ -104,7 +108,7 @@ def worst_case_sharpness(
     owner = "worst_case_sharpness"
     steps = check_integer(owner, "steps", steps, low=1, static=True)
     step_size = check_number(owner, "step_size", step_size, positive=True)
-    displace = displacement(owner, params, rho, adaptive, eta)
+    displace = _displacement(owner, params, rho, adaptive, eta)
     seed = None if key is None else as_key(owner, key)
 
     def losses(wide: chex.ArrayTree, part: Any) -> jax.Array:
@@ -115,7 +119,111 @@ def worst_case_sharpness(
     if micro_batch_size is None:
         return ascend(())
     size, at_once = micro_batch_size, micro_batches_at_once
-    return jnp.mean(_map(ascend, _micro_batches(owner, batch, size, at_once)))
+    micro_batches = _micro_batches(owner, batch, size, at_once)
+    return jnp.mean(
+        _loop.over_loops(
+            lambda round_: batching.side_by_side(ascend, round_), micro_batches
+        )
+    )
+
+
+def average_sharpness(
+    loss_fn: LossFn,
+    params: optax.Params,
+    batch: Any,
+    *,
+    rho: float | jax.Array,
+    num_samples: int = 32,
+    adaptive: bool = False,
+    eta: float | jax.Array = 0.0,
+    key: int | jax.Array,
+) -> Estimate:
+    r"""How much the loss rises on average at a distance from the parameters.
+
+    .. math:: \mathbb{E}\, f(w + \varepsilon) - f(w), \qquad \|\varepsilon\| = \rho
+
+    :math:`\varepsilon` is uniform on the sphere, or, adaptive, :math:`\varepsilon /
+    (|w| + \eta)` is. In :math:`d` dimensions that is next to the normal distribution of
+    standard deviation :math:`\rho / \sqrt d` for every parameter, and to second order
+    the mean is :math:`\rho^2 \, \text{tr} H / (2 d)`. A sample is the mean of the two
+    opposite points :math:`\pm\varepsilon`, so that the slope at :math:`w` drops out.
+    The cost is two losses of the batch for each, one after the other. Micro-batches
+    would not change the mean.
+
+    Args:
+      loss_fn: `loss_fn(params, batch)` returns the losses of the examples, shape `[B]`,
+        or their mean as a scalar.
+      params: Pytree of floating-point arrays of any shapes.
+      batch: What `loss_fn` takes.
+      rho: The radius :math:`\rho \ge 0`, in units of the parameters' norm, or without
+        unit if adaptive. A scalar.
+      num_samples: Number of pairs of opposite points, at least 1.
+      adaptive: Whether to measure against the size of each weight.
+      eta: :math:`\eta \ge 0`, in units of the parameters, unused unless adaptive. A
+        scalar.
+      key: An int or a JAX PRNG key.
+
+    Returns:
+      An :class:`Estimate`: the mean over the samples, and its standard error. Unlike
+      the worst case it may be negative.
+
+    Raises:
+      TypeError: If a number is no real scalar, or no integer where it has to be, or
+        `key` no key.
+      ValueError: If a number is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import diagnostics
+      >>> loss_fn = lambda w, batch: 0.5 * batch @ w**2
+      >>> sharpness = diagnostics.average_sharpness(
+      ...     loss_fn, jnp.ones(2), jnp.array([[4.0, 4.0]]), rho=1.0, key=0
+      ... )
+      >>> print(sharpness.mean.round(3))
+      2.0
+    """
+    owner = "average_sharpness"
+    num_samples = check_integer(owner, "num_samples", num_samples, low=1, static=True)
+    displace = _displacement(owner, params, rho, adaptive, eta)
+    seed = as_key(owner, key)
+    losses = _vector.losses_function(loss_fn, params, batch)
+    clean = _loop.compiled(lambda: losses(_vector.widen(params)))()
+
+    def rise(i: jax.Array) -> jax.Array:
+        u = _random_unit(jax.random.fold_in(seed, i // 2), params)
+        opposite = _vector.scale(u, 1 - 2 * (i % 2))
+        return jnp.mean(losses(displace(opposite)) - clean)
+
+    rises = _loop.over(rise, jnp.arange(2 * num_samples))
+    return estimate(jnp.mean(rises.reshape(num_samples, 2), axis=1))
+
+
+def _displacement(
+    owner: str, params: optax.Params, rho: Any, adaptive: Any, eta: Any
+) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+    """The map from the unit ball to the one around the parameters.
+
+    The ball is of radius `rho`, adaptive: relative to the size of each weight plus
+    `eta`. The map takes and gives trees in float32 or wider.
+    """
+    rho = check_number(owner, "rho", rho)
+    eta = check_number(owner, "eta", eta)
+    check_bool(owner, "adaptive", adaptive)
+
+    def displace(u: chex.ArrayTree) -> chex.ArrayTree:
+        def move(p: jax.Array, u: jax.Array) -> jax.Array:
+            if adaptive:
+                u = u * (jnp.abs(p) + jnp.asarray(eta, p.dtype))
+            return p + jnp.asarray(rho, p.dtype) * u
+
+        return jax.tree.map(move, _vector.widen(params), u)
+
+    return displace
+
+
+def _random_unit(key: jax.Array, like: chex.ArrayTree) -> chex.ArrayTree:
+    """A random vector, uniform on the unit sphere."""
+    return _vector.unit(_vector.draw(jax.random.normal, key, like))
 
 
 def _ascent(
@@ -166,7 +274,7 @@ def _ascent(
         return _vector.zeros_like(params)
 
     begin, scan = _loop.compiled(jax.value_and_grad(rise)), _loop.scan(step)
-    random_start = _loop.compiled(lambda: random_unit(key, params))
+    random_start = _loop.compiled(lambda: _random_unit(key, params))
 
     def ascend(data: Any) -> jax.Array:
         clean = clean_losses(data)
@@ -194,33 +302,7 @@ def _ascent(
 def _micro_batches(owner: str, batch: Any, size: Any, at_once: Any) -> Any:
     """The batch as micro-batches `[rounds, at_once, size, ...]`."""
     size = check_integer(owner, "micro_batch_size", size, low=1, static=True)
-    examples = batching.count(owner, batch)
-    if examples % size:
-        raise ValueError(
-            f"{owner}: micro_batch_size = {size} does not divide the {examples} "
-            "examples of the batch; choose a divisor."
-        )
-    number = examples // size
     if at_once is not None:
-        at_once = check_integer(
-            owner, "micro_batches_at_once", at_once, low=1, static=True
-        )
-    at_once = number if at_once is None else min(at_once, number)
-    if number % at_once:
-        raise ValueError(
-            f"{owner}: micro_batches_at_once = {at_once} does not divide the {number} "
-            "micro-batches of the batch; choose a divisor, or None for all at once."
-        )
-    return batching.cut(batch, at_once, size)
-
-
-def _map(fn: Callable[[Any], jax.Array], micro_batches: Any) -> jax.Array:
-    """Maps over rounds one after the other, and over those of a round at once."""
-
-    def over_round(round_: Any) -> Any:
-        if jax.tree.leaves(round_)[0].shape[0] == 1:
-            return fn(jax.tree.map(lambda x: x[0], round_))[None]
-        return jax.vmap(fn)(round_)
-
-    values: jax.Array = _loop.over_loops(over_round, micro_batches)
-    return values
+        name = "micro_batches_at_once"
+        at_once = check_integer(owner, name, at_once, low=1, static=True)
+    return batching.split(owner, batch, size, at_once, Devices())

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._base.hyperparameters import as_key, check_integer
+from optax_sam._base.hyperparameters import as_key, check_integer, check_number
 from optax_sam.diagnostics import _lanczos, _loop, _vector
-from optax_sam.diagnostics._estimate import check_number
 from optax_sam.diagnostics._hessian import LossFn, hessian
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._base.hyperparameters import as_key, check_integer
-from optax_sam._engine import protocol
+from optax_sam._base.checks import check_like, check_parameters
+from optax_sam._base.hyperparameters import as_key, check_bool, check_integer
 from optax_sam.diagnostics import _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn
 
@@ -77,7 +77,7 @@ def loss_surface(
         )
     for i, direction in enumerate(directions):
         remedy = "Pass a direction in the space of params."
-        protocol.check_like(f"directions[{i}]", direction, params, remedy)
+        check_like(f"directions[{i}]", direction, params, remedy)
     losses = _vector.losses_function(loss_fn, params, batch)
 
     def at(coordinates: tuple[jax.Array, ...]) -> jax.Array:
@@ -139,12 +139,9 @@ def filter_normalized_directions(
     """
     owner = "filter_normalized_directions"
     count = check_integer(owner, "count", count, low=1, static=True)
-    if not isinstance(orthogonal, bool):
-        raise TypeError(
-            f"{owner}: orthogonal must be True or False, got {orthogonal!r}."
-        )
+    check_bool(owner, "orthogonal", orthogonal)
     seed = as_key(owner, key)
-    protocol.check_parameters(params)
+    check_parameters(params)
     found: list[chex.ArrayTree] = []
     draw = _loop.compiled(lambda key: _vector.draw(jax.random.normal, key, params))
     for i in range(count):

@@ -15,7 +15,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_sam._base import trees
-from optax_sam._engine import protocol
+from optax_sam._base.checks import check_parameters, checked
+from optax_sam._base.losses import check_losses
 
 
 def size(tree: chex.ArrayTree) -> int:
@@ -82,19 +83,6 @@ def draw(
     return jax.tree.unflatten(structure, drawn)
 
 
-def point(params: optax.Params, displacement: chex.ArrayTree) -> optax.Params:
-    """The parameters displaced, in their dtypes; one rounding for the sum."""
-
-    def move(d: Any, p: Any) -> Any:
-        if trees.is_absent(d):
-            return p
-        return (jnp.asarray(p, _wide(p)) + d.astype(_wide(p))).astype(
-            jnp.result_type(p)
-        )
-
-    return jax.tree.map(move, displacement, params, is_leaf=trees.is_absent)
-
-
 def losses_function(
     loss_fn: Any, params: optax.Params, batch: Any
 ) -> Callable[[chex.ArrayTree], jax.Array]:
@@ -102,12 +90,12 @@ def losses_function(
 
     They are rounded to the dtypes of `params` for `loss_fn`, which may rely on those.
     """
-    protocol.check_parameters(params)
-    loss_fn = protocol.checked("loss_fn", loss_fn, "params", "batch")
+    check_parameters(params)
+    loss_fn = checked("loss_fn", loss_fn, "params", "batch")
 
     def losses(wide: chex.ArrayTree) -> jax.Array:
         at = trees.cast_like(wide, params)
-        found: jax.Array = widen(protocol.check_losses(loss_fn(at, batch)))
+        found: jax.Array = widen(check_losses(loss_fn(at, batch)))
         return found
 
     return losses

@@ -1,0 +1,106 @@
+"""Checks of what users pass, and errors that say what to do instead."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam._base import trees
+
+
+def refuse(
+    owner: str,
+    what: str,
+    value: Any,
+    remedy: str,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raises an error that says who refuses what, what there was, and what to do.
+
+    Args:
+      owner: The function that the user called.
+      what: What must be so.
+      value: What there was instead; of a TypeError its type is named as well.
+      remedy: What to do.
+      error: The kind of error.
+    """
+    of_type = f" of type {type(value).__name__}" if error is TypeError else ""
+    raise error(f"{owner}: {what}, got {value!r}{of_type}; {remedy}.")
+
+
+def checked(name: str, fn: Any, *arguments: str) -> Callable[..., Any]:
+    """Returns `fn` with an error that says how it is called, should that not work."""
+    call = f"{name}({', '.join(arguments)})"
+    if not callable(fn):
+        raise TypeError(f"{name} must be a function, called as {call}; got {fn!r}.")
+
+    @functools.wraps(fn)
+    def checked_fn(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except TypeError as error:
+            if _can_be_called(fn, len(arguments)):
+                raise  # A problem of its own, not of how it was called.
+            raise TypeError(
+                f"{name} is called as {call}, but {error}; wrap it in a function of "
+                f"{len(arguments)} positional argument(s)."
+            ) from error
+
+    return checked_fn
+
+
+def _can_be_called(fn: Callable[..., Any], num_arguments: int) -> bool:
+    try:
+        inspect.signature(fn).bind(*range(num_arguments))
+    except ValueError:  # Some builtins have no signature.
+        return True
+    except TypeError:
+        return False
+    return True
+
+
+def check_parameters(params: optax.Params | None) -> None:
+    """Refuses parameters that cannot be perturbed, by the path of the leaf."""
+    if params is None:
+        raise ValueError(
+            "params is None: a sharpness-aware step evaluates the gradient at "
+            "params + epsilon; call tx.update(grads, state, params, ...)."
+        )
+    leaves = jax.tree.leaves_with_path(params, is_leaf=trees.is_absent)
+    for path, leaf in leaves:
+        where = f"params{jax.tree_util.keystr(path)}"
+        if trees.is_absent(leaf):
+            raise ValueError(
+                f"{where} is optax.MaskedNode: inside optax.masked or optax.partition "
+                "a sharpness-aware step does not see the parameters that its loss "
+                "needs. Put it outside: sharpness_aware(optax.masked(...), ascent), "
+                "and perturb_only(mask) in the ascent."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{where} has dtype {jnp.result_type(leaf)}, which cannot be perturbed "
+                "along a real gradient; keep integer leaves out of params (beside the "
+                "batch, say), and complex ones as their real and imaginary parts."
+            )
+
+
+def check_like(name: str, tree: Any, params: optax.Params, remedy: str) -> None:
+    """Refuses a tree whose structure or shapes are not the parameters'."""
+    expected, got = jax.tree.structure(params), jax.tree.structure(tree)
+    if got != expected:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must have the tree structure of params, {expected}; got {got}. "
+            f"{remedy}"
+        )
+    for (path, p), x in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(tree), strict=True
+    ):
+        if jnp.shape(p) != jnp.shape(x):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, its "
+                f"parameter {jnp.shape(p)}. {remedy}"
+            )

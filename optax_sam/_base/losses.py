@@ -1,0 +1,111 @@
+"""The losses of a batch: what they must be, their mean, and their linearisation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam._base import trees
+from optax_sam._base.devices import vary_like
+
+Pullback: TypeAlias = Callable[[jax.Array], optax.Updates]
+
+
+class CleanPass(NamedTuple):
+    """The losses at some parameters, and how they depend on those.
+
+    Attributes:
+      losses: The losses of the examples, shape `[B]`, or their mean as a scalar.
+      pullback: `weights[B] -> gradient of sum(weights * losses)`.
+      value: The mean loss, in float32 or wider.
+      grad: The gradient of the mean loss, a tree like the parameters.
+    """
+
+    losses: jax.Array
+    pullback: Pullback
+    value: jax.Array
+    grad: optax.Updates
+
+
+def clean_pass(losses: jax.Array, pullback: Pullback) -> CleanPass:
+    """The clean pass that losses and their pullback describe."""
+    gradient = pullback(uniform_weights(losses))
+    return CleanPass(losses, pullback, mean_loss(losses), gradient)
+
+
+def linearise(losses_fn: Any, params: optax.Params, has_aux: bool = False) -> Any:
+    """The losses at `params`, and `weights -> gradient of sum(weights * losses)`.
+
+    With `has_aux`, auxiliary data come third. Of parameters that each device has for
+    itself, the gradients are its own, even if the losses are a mean over devices.
+    """
+
+    def own_losses(params: optax.Params) -> Any:
+        if not has_aux:
+            return vary_like(losses_fn(params), params)
+        losses, aux = losses_fn(params)
+        return vary_like(losses, params), aux
+
+    differentiate: Any = jax.vjp  # Its type does not allow for either of two.
+    losses, vjp, *aux = differentiate(own_losses, params, has_aux=has_aux)
+    return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0], *aux
+
+
+def of_batch(loss_fn: Any, params: optax.Params, batch: Any) -> Any:
+    """The losses of a batch and their pullback, as :func:`linearise` gives them."""
+    return linearise(lambda p: check_losses(loss_fn(p, batch)), params)
+
+
+def mean_loss(losses: jax.Array) -> jax.Array:
+    """The mean of losses, in float32 or wider."""
+    return jnp.mean(losses, dtype=trees.accumulator_dtype(losses.dtype))
+
+
+def uniform_weights(losses: jax.Array) -> jax.Array:
+    """The weights that average `losses`: `1 / B` each, or 1 for a scalar."""
+    return jnp.full_like(losses, 1 / losses.size)
+
+
+def check_losses(losses: Any) -> jax.Array:
+    """Returns `losses` if they are per-example losses `[B]` or a scalar loss."""
+    if not isinstance(losses, jax.Array):
+        remedy = "Return losses computed from params with jax.numpy."
+        if isinstance(losses, tuple):
+            remedy = (
+                "If it returns (losses, aux), use value_and_update(..., has_aux=True), "
+                "or leave aux out of the loss_fn given to update."
+            )
+        raise TypeError(
+            "loss_fn must return a JAX array of losses, [B] or a scalar, got "
+            f"{type(losses).__name__}. {remedy}"
+        )
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(
+            f"loss_fn must return real floating-point losses, got {losses.dtype}; "
+            "a loss that cannot be differentiated gives no direction to ascend."
+        )
+    if losses.ndim > 1:
+        raise ValueError(
+            "loss_fn must return one loss per example, shape [B], or a scalar; got "
+            f"shape {losses.shape}. Reduce the other axes, for example with "
+            "losses.mean(axis=tuple(range(1, losses.ndim)))."
+        )
+    if losses.size == 0:
+        raise ValueError(
+            "loss_fn returned no losses, shape [0]; pass a batch with examples in it."
+        )
+    return losses
+
+
+def check_per_example(owner: str, losses: Any, size: int | None = None) -> jax.Array:
+    """Returns losses of single examples, of `size` of them if given, or refuses."""
+    checked = check_losses(losses)
+    if checked.ndim == 0 or size not in (None, checked.size):
+        raise ValueError(
+            f"{owner}: needs the loss of each example, shape [{size or 'B'}], and "
+            f"loss_fn returned shape {list(checked.shape)}; leave the mean over the "
+            "batch out of it."
+        )
+    return checked
