@@ -1,17 +1,20 @@
-"""The README's recipes for large batches and for float16 do what is said of them."""
+"""The recipes for large batches and for float16 do what is said of them."""
 
 import itertools
 
+import documents
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
 import pytest
-from test_readme import FLOAT16, IN_PARTS
 
 import optax_sam
 
+RECIPES = documents.python("docs/recipes.md")
+IN_PARTS = RECIPES["A batch that does not fit into memory"]
+FLOAT16 = RECIPES["float16 with a loss scale"]
 PROBLEM = problems.perceptron()
 METHODS = {
     "sam": lambda base: optax_sam.sam(base, 0.1),
@@ -21,6 +24,14 @@ METHODS = {
         base, 0.1, optax_sam.n_m(2, 4), refresh_every=2, estimator="probes"
     ),
 }
+SLOW = {"reweighted", "sparse"}  # To compile.
+all_methods = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[pytest.mark.full] * (name in SLOW))
+        for name, method in METHODS.items()
+    ],
+)
 
 
 def scope_of(recipe, tx=None, loss_fn=PROBLEM.loss_fn):
@@ -30,7 +41,11 @@ def scope_of(recipe, tx=None, loss_fn=PROBLEM.loss_fn):
     return scope
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def jitted_step(loss_fn, tx):
+    return jax.jit(optax_sam.value_and_update(loss_fn, tx))
+
+
+@all_methods
 def test_a_batch_in_parts_ascends_as_a_whole(method):
     tx = method(optax.sgd(0.1, momentum=0.9))
     in_parts = scope_of(IN_PARTS, tx)["in_parts"]
@@ -63,21 +78,20 @@ def test_ascents_per_part_and_for_all_parts_differ():
     base = optax.sgd(1.0)
     whole = optax_sam.sam(base, 0.5)
     in_parts = scope_of(IN_PARTS, whole)["in_parts"]
-    _, of_whole, _ = optax_sam.value_and_update(in_parts(PROBLEM.loss_fn, 4), whole)(
+    _, of_whole, _ = jitted_step(in_parts(PROBLEM.loss_fn, 4), whole)(
         PROBLEM.params, whole.init(PROBLEM.params), PROBLEM.batch
     )
     per_part = optax_sam.m_sam(base, 0.5, 4)
-    _, of_parts, _ = optax_sam.value_and_update(PROBLEM.loss_fn, per_part)(
+    _, of_parts, _ = jitted_step(PROBLEM.loss_fn, per_part)(
         PROBLEM.params, per_part.init(PROBLEM.params), PROBLEM.batch
     )
     # As by hand, where batches come one by one and the base accumulates.
     one_by_one = optax_sam.sam(optax.MultiSteps(base, 4), 0.5)
     state = one_by_one.init(PROBLEM.params)
+    step = jitted_step(PROBLEM.loss_fn, one_by_one)
     for i in range(4):
         part = jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], PROBLEM.batch)
-        _, updates, state = optax_sam.value_and_update(PROBLEM.loss_fn, one_by_one)(
-            PROBLEM.params, state, part
-        )
+        _, updates, state = step(PROBLEM.params, state, part)
     problems.assert_trees_close(of_parts, updates, rtol=1e-5, atol=1e-7)
     distance = problems.norm(jax.tree.map(jnp.subtract, of_whole, of_parts))
     assert distance > 0.02 * problems.norm(of_whole)
@@ -87,13 +101,13 @@ def start(tx, scale):
     return PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch, scale, jnp.int32(0)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@all_methods
 def test_a_loss_scale_changes_gradients_by_rounding_only(method):
     tx = method(optax.sgd(1.0))
     half_loss_fn = scope_of(FLOAT16, tx)["half_loss_fn"]
-    step = optax_sam.value_and_update(half_loss_fn, tx)
+    step = jitted_step(half_loss_fn, tx)
     inputs = PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch
-    expected = optax_sam.value_and_update(PROBLEM.loss_fn, tx)(*inputs)
+    expected = jitted_step(PROBLEM.loss_fn, tx)(*inputs)
     for scale in (1.0, 1024.0):
         value, updates, _ = step(*inputs, jnp.float32(scale))
         assert value == pytest.approx(float(expected[0]), rel=2e-3)

@@ -1,0 +1,168 @@
+"""The code of the pages in docs/ runs, and no page has a link that leads nowhere."""
+
+import os.path
+
+import documents
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from sam_examples.config_file import parse
+
+import optax_sam
+
+# What the tests execute: here, in test_readme.py and in test_recipes.py.
+TESTED = {
+    "README.md": {"Flax linen", "Flax NNX", "Composing"},
+    "docs/cheaper-perturbations.md": {"Perturbations that cost less"},
+    "docs/devices.md": {"Inside `shard_map` and `pmap`"},
+    "docs/diagnostics.md": {"Diagnostics"},
+    "docs/recipes.md": {
+        "Hyperparameters that change",
+        "By hand",
+        "Freezing parts",
+        "A batch that does not fit into memory",
+        "float16 with a loss scale",
+    },
+}
+README = documents.python("README.md")
+RECIPES = documents.python("docs/recipes.md")
+
+
+@pytest.mark.parametrize("page", documents.PAGES)
+def test_all_code_is_tested(page):
+    assert documents.python(page).keys() == TESTED.get(page, set())
+
+
+@pytest.mark.parametrize("page", documents.PAGES)
+def test_links_lead_somewhere(page):
+    for link in documents.links(page):
+        name, _, anchor = link.partition("#")
+        target = os.path.normpath(os.path.join(os.path.dirname(page), name))
+        target = target if name else page
+        assert (documents.ROOT / target).exists(), link
+        if anchor:
+            assert target in documents.PAGES, link
+            assert anchor in documents.anchors(target), link
+
+
+def test_anchors_are_those_of_github():
+    found = documents.anchors("examples/benchmarks/README.md")
+    assert "sharded_memorypy-a-billion-parameters-fully-sharded" in found
+    assert "flax-nnxs-nnxoptimizer" in documents.anchors("docs/recipes.md")
+
+
+def after_the_quickstart(page, heading):
+    scope = {}
+    exec(README["Flax linen"] + documents.python(page)[heading], scope)
+    return scope
+
+
+def test_by_hand():
+    problem = problems.perceptron()
+    tx = optax_sam.vasso(optax.sgd(0.1), rho=0.05, theta=0.4)
+    mean_loss = problems.mean_loss(problem)
+    scope = {
+        "jax": jax,
+        "tx": tx,
+        "params": problem.params,
+        "opt_state": tx.init(problem.params),
+        "grads": jax.grad(mean_loss)(problem.params),
+        "loss_fn": problem.loss_fn,
+        "batch": problem.batch,
+        "mean_loss": mean_loss,
+    }
+
+    @jax.jit
+    def updates():
+        exec(RECIPES["By hand"], scope)
+        return scope["updates"]
+
+    assert problems.norm(updates()) > 0
+
+
+def test_hyperparameters_that_change():
+    problem = problems.perceptron()
+    scope = {"jnp": jnp, "optax": optax, "optax_sam": optax_sam}
+    scope["params"] = problem.params
+    exec(RECIPES["Hyperparameters that change"], scope)
+
+    def updates(tx, opt_state):
+        step = jax.jit(optax_sam.value_and_update(problem.loss_fn, tx))
+        return step(problem.params, opt_state, problem.batch)[1]
+
+    plain = optax_sam.sam(optax.sgd(0.1), rho=0.1)
+    problems.assert_trees_close(
+        updates(scope["tx"], scope["opt_state"]),
+        updates(plain, plain.init(problem.params)),
+        rtol=1e-5,
+        atol=1e-8,
+    )
+
+
+def test_freezing_parts():
+    def losses(params, batch):
+        jax.debug.callback(points.append, params)
+        return batch @ (params["backbone"] * params["head"])
+
+    points = []
+    scope = {"jax": jax, "optax": optax, "optax_sam": optax_sam}
+    exec(RECIPES["Freezing parts"], scope)
+    tx, params = scope["tx"], {"backbone": jnp.ones(2), "head": jnp.ones(2)}
+    step = jax.jit(optax_sam.value_and_update(losses, tx))
+    _, updates, _ = step(params, tx.init(params), jnp.ones((4, 2)))
+    jax.effects_barrier()
+    assert not np.any(updates["backbone"])
+    assert np.all(updates["head"])
+    assert all(np.all(point["backbone"] == 1) for point in points)
+    assert any(np.all(point["head"] > 1) for point in points)
+
+
+def test_cheaper_steps():
+    scope = after_the_quickstart(
+        "docs/cheaper-perturbations.md", "Perturbations that cost less"
+    )
+    params, batch, tx = scope["params"], scope["batch"], scope["tx"]
+    # The names and parameters of the layers are those of the dense model.
+    sparse = scope["sparse_model"].apply(params, batch["x"])
+    dense = scope["model"].apply(params, batch["x"])
+    np.testing.assert_array_equal(sparse, dense)
+    opt_state = tx.init(params)
+    value, updates, _ = scope["step"](params, opt_state, batch)
+    quarter = scope["ascent_loss_fn"](params, batch)
+    assert quarter.shape == (16,)
+    np.testing.assert_allclose(value, quarter.mean(), rtol=1e-5)
+    assert problems.norm(updates) > 0
+
+
+def test_shard_map():
+    scope = after_the_quickstart("docs/devices.md", "Inside `shard_map` and `pmap`")
+    inputs = scope["params"], scope["opt_state"], scope["batch"]
+    assert len(jax.devices()) > 1
+    alone = optax_sam.value_and_update(scope["loss_fn"], scope["tx"])(*inputs)
+    problems.assert_trees_close(scope["step"](*inputs), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_diagnostics():
+    scope = after_the_quickstart("docs/diagnostics.md", "Diagnostics")
+    figures = scope["figures"]
+    losses = scope["loss_fn"](scope["params"], scope["batch"])
+    np.testing.assert_allclose(
+        figures["this step"].clean_loss, losses.mean(), rtol=1e-5
+    )
+    # SAM's step is where the search for the worst case begins.
+    assert figures["worst in a ball"] >= figures["this step"].gap > 0
+    assert np.all(np.diff(figures["largest eigenvalues"]) <= 0)
+    assert figures["gradient noise"] > 0
+
+
+def test_commands():
+    (application,) = documents.commands("docs/training.md")
+    (processes,) = documents.commands("docs/devices.md")
+    assert "examples/multi_process.py" in processes
+    script, *options = application.split()[1:]
+    assert script == "examples/train.py"
+    asked = parse(options)
+    assert (asked.dataset, asked.model, asked.epochs) == ("cifar10", "resnet8", 3)
