@@ -413,7 +413,7 @@ def _squared_norms(x: jax.Array, axis: int) -> jax.Array:
     """Squared norms of the slices along `axis`, up to a factor they have in common."""
     x = x.astype(trees.accumulator_dtype(x.dtype))
     largest = jnp.max(jnp.abs(x), initial=0, where=jnp.isfinite(x))
-    x = jnp.square(x / jnp.where(largest == 0, 1, largest))
+    x = jnp.square(trees.ratio(x, largest))
     return jnp.sum(x, axis=[i for i in range(x.ndim) if i != axis % x.ndim])
 
 

@@ -309,18 +309,18 @@ def _gibbs(
 
     On one device of several, weights are relative to its share of the batch.
     """
-    # Relative to the largest, no square or sum overflows; 0 / 1 is the zero wanted.
+    # Relative to the largest, no square or sum overflows.
     largest = jnp.max(jnp.abs(slopes), axis=0, keepdims=True)
-    relative = slopes / jnp.where(largest == 0, 1, largest)
+    relative = trees.ratio(slopes, largest)
     s = largest[0] * jnp.sqrt(jnp.mean(relative**2, axis=0))
     finite = jnp.isfinite(s)
     s = jnp.where(finite, s, 0)
     largest = devices.max(jnp.max(s))
-    relative = s / jnp.where(largest == 0, 1, largest)
+    relative = trees.ratio(s, largest)
     num_finite = devices.sum(jnp.sum(finite))
     relative_mean = devices.sum(jnp.sum(relative)) / jnp.maximum(num_finite, 1)
     if normalize:
-        s = relative / jnp.where(relative_mean == 0, 1, relative_mean)
+        s = trees.ratio(relative, relative_mean)
     # The differences first: strength * s may overflow, and infinity - infinity is NaN.
     gaps = jnp.where(finite, s - devices.max(jnp.max(s)), 0)
     logits = jnp.where(gaps == 0, 0, strength * gaps)

@@ -92,6 +92,23 @@ def cut(batch: Any, at_once: int, size: int) -> Any:
     return jax.tree.map(cut_one, batch)
 
 
+def chunks(examples: Any, size: int) -> tuple[Any, Any]:
+    """Examples `[n, ...]` as chunks `[n // size, size, ...]` and a rest, or None."""
+    n = jax.tree.leaves(examples)[0].shape[0]
+    whole = n - n % size
+
+    def chunk(x: jax.Array) -> jax.Array:
+        if is_placed(x):  # A scan along a sharded axis is refused.
+            groups: jax.Array = cut(part(x, 0, whole), size, 1)
+            return jnp.squeeze(groups, 2)
+        return x[:whole].reshape(whole // size, size, *x.shape[1:])
+
+    several = jax.tree.map(chunk, examples) if whole else None
+    if whole == n:
+        return several, None
+    return several, jax.tree.map(lambda x: part(x, whole, n), examples)
+
+
 def _reshape(x: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Cuts the first axis; on a mesh of explicit axes, says where the parts go."""
     whole = (*shape, *x.shape[1:])

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 
@@ -139,6 +139,23 @@ def axes_of(tree: chex.ArrayTree) -> frozenset[Hashable]:
     return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
 
 
+def place(x: jax.Array, like: Any) -> jax.Array:
+    """Places `x`, of the shape of `like` behind any leading axes, as `like` is placed.
+
+    New arrays, of zeros or random numbers, would otherwise be made on every device.
+    """
+    sharding = jax.typeof(like).sharding
+    leading = x.ndim - jnp.ndim(like)
+    if _has_explicit_axes(like):
+        make: Any = PartitionSpec  # Its constructor is not typed.
+        spec = make(*(None,) * leading, *sharding.spec)
+        reshard: Callable[..., jax.Array] = jax.sharding.reshard
+        return reshard(x, NamedSharding(sharding.mesh, spec))
+    # Never, but XLA does not know, and computes entries where `like` has them.
+    never = jnp.isnan(like) & (like == 0)
+    return jnp.where(jnp.expand_dims(never, tuple(range(leading))), jnp.ones_like(x), x)
+
+
 def place_like(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
     """Under `jit`, places what belongs to a parameter as the parameter is placed.
 
@@ -155,18 +172,16 @@ def place_like(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
     if not by_path:
         return state
 
-    def place(path: Any, x: Any) -> Any:
+    def place_one(path: Any, x: Any) -> Any:
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             return x
         for i in range(len(path) + 1):
             p = by_path.get(tuple(path[i:]))
             if p is not None and jnp.shape(p) == jnp.shape(x):
-                # Never, but XLA does not know, and computes entries where p has them.
-                never = jnp.isnan(p) & (p == 0)
-                return jnp.where(never, jnp.ones_like(x), x)
+                return place(x, p)
         return x
 
-    return jax.tree.map_with_path(place, state)
+    return jax.tree.map_with_path(place_one, state)
 
 
 def _has_explicit_axes(x: Any) -> bool:

@@ -63,6 +63,12 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
     return jnp.all(stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
+def ratio(x: Any, size: jax.Array) -> Any:
+    """The quotient `x / size` of something and its size, zero where that is zero."""
+    # Fires where x is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
+    return x / jnp.where(size == 0, 1, size)
+
+
 def scale_to_unit(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Divides a tree by its largest absolute value, unless that is zero.
 
@@ -72,9 +78,7 @@ def scale_to_unit(tree: chex.ArrayTree) -> chex.ArrayTree:
     leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     largest = jnp.max(stack(leaves), initial=0.0)
     largest = largest.astype(jnp.promote_types(largest.dtype, jnp.zeros([]).dtype))
-    # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
-    largest = jnp.where(largest == 0, 1, largest)
-    return map_present(lambda x: x / largest, tree)
+    return map_present(lambda x: ratio(x, largest), tree)
 
 
 def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:

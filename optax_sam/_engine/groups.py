@@ -98,6 +98,13 @@ class Examples:
         batch, devices = self.arguments["batch"], self.devices
         return batching.count(_OWNER, batch) * devices.size() == size
 
+    def sharing_scores(self, size: int | None) -> "Examples":
+        """The same, so that groups of a size score parameters by all of them."""
+        if size is None:
+            return self
+        arguments = {"scoring_batch": self.arguments["batch"]} | self.arguments
+        return dataclasses.replace(self, arguments=arguments)
+
     def all(self, gradient: optax.Updates) -> Group:
         """All examples, those of all devices."""
         if not self.averaged:
@@ -131,10 +138,8 @@ class Examples:
         clean_fn = checked("loss_fn", clean_fn, "params", "batch")
         own_params = self.devices.vary(self.params)
         clean = losses.clean_pass(*losses.of_batch(clean_fn, own_params, batch))
-        # Micro-batches share the scores of parameters.
-        arguments = {"scoring_batch": self.arguments["batch"]} | self.arguments
         return self._alone(
-            arguments | {"batch": batch} | clean._asdict(),
+            self.arguments | {"batch": batch} | clean._asdict(),
             protocol.gradient_function(loss_fn, batch, None),
         )
 

@@ -197,6 +197,7 @@ def sharpness_aware(
             passes = two_passes(examples.all(updates))
         else:
             # Each group starts from the state before the step; then that advances once.
+            examples = examples.sharing_scores(micro_batch_size)
             passes = examples.each_alone(
                 two_passes, updates, micro_batch_size, micro_batches_at_once
             )

@@ -75,19 +75,22 @@ def fisher_diagonal(
         losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
         return check_per_example(owner, losses, 1)[0]
 
+    # Traced once, for the chunks and the rest.
+    gradient: Any = jax.jit(jax.grad(loss), inline=True)
+
     def squares(example: Any, counts: jax.Array | None) -> chex.ArrayTree:
         def square(g: jax.Array) -> jax.Array:
             s = jnp.square(g.astype(trees.accumulator_dtype(g.dtype)))
             return s if counts is None else jnp.where(counts, s, 0)
 
-        return jax.tree.map(square, jax.grad(loss)(params, example))
+        return jax.tree.map(square, gradient(params, example))
 
     def add_squares(total: chex.ArrayTree, chunk: Any) -> chex.ArrayTree:
         of_examples = jax.vmap(squares)(*chunk)
         return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, of_examples)
 
     total = jax.tree.map(_zeros, params)
-    chunks, rest = _chunks((examples, counts), chunk_size)
+    chunks, rest = batching.chunks((examples, counts), chunk_size)
     if chunks is not None:
         total, _ = jax.lax.scan(
             lambda total, chunk: (add_squares(total, chunk), None), total, chunks
@@ -159,23 +162,6 @@ def _counted(devices: Devices, size: int, num_examples: Any) -> tuple[int, jax.A
     total = size * devices.size()
     n = total if num_examples is None else min(num_examples, total)
     return n, devices.part(jnp.arange(total) < n)
-
-
-def _chunks(examples: Any, size: int) -> tuple[Any, Any]:
-    """Examples `[n, ...]` as chunks `[n // size, size, ...]` and a rest, or None."""
-    n = jax.tree.leaves(examples)[0].shape[0]
-    whole = n - n % size
-
-    def chunk(x: jax.Array) -> jax.Array:
-        if batching.is_placed(x):  # A scan along a sharded axis is refused.
-            groups: jax.Array = batching.cut(batching.part(x, 0, whole), size, 1)
-            return jnp.squeeze(groups, 2)
-        return x[:whole].reshape(whole // size, size, *x.shape[1:])
-
-    chunks = jax.tree.map(chunk, examples) if whole else None
-    if whole == n:
-        return chunks, None
-    return chunks, jax.tree.map(lambda x: batching.part(x, whole, n), examples)
 
 
 def _zeros(p: Any) -> Any:

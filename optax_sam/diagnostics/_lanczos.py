@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_sam._base.devices import place
 from optax_sam.diagnostics import _loop, _vector
 
 
@@ -69,7 +70,7 @@ def process(
     @_loop.compiled
     def empty(start: chex.ArrayTree) -> chex.ArrayTree:
         return jax.tree.map(
-            lambda v: _vector.place(jnp.zeros((num, *v.shape), v.dtype), v), start
+            lambda v: place(jnp.zeros((num, *v.shape), v.dtype), v), start
         )
 
     steps = _loop.scan(step)
@@ -139,7 +140,7 @@ def _new_direction(i: jax.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
     """A vector that is orthogonal to the basis, another one for every `i`."""
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda q: q[0], basis))
     seeds = i.astype(jnp.uint32) * len(leaves) + jnp.arange(len(leaves), dtype="uint32")
-    hashed = [_vector.place(_hash(x, seeds[k]), x) for k, x in enumerate(leaves)]
+    hashed = [place(_hash(x, seeds[k]), x) for k, x in enumerate(leaves)]
     start = _vector.unit(jax.tree.unflatten(structure, hashed))
     return _vector.unit(_orthogonalise(start, basis)[0])
 

@@ -70,6 +70,8 @@ def gradient_covariance_trace(
         )
 
     def gradient(example: Any) -> chex.ArrayTree:
+        example = jax.tree.map(lambda x: x[None], example)
+
         def loss(wide: chex.ArrayTree) -> jax.Array:
             losses = _vector.losses_function(loss_fn, params, example)(wide)
             return check_per_example(owner, losses, 1)[0]
@@ -93,22 +95,9 @@ def gradient_covariance_trace(
     zeros = _loop.compiled(lambda: _vector.zeros_like(params))()
     zero = jnp.zeros_like(_vector.dot(zeros, zeros))
     carry = zero, zeros, zero
-    chunks, rest = _chunks(batch, n, chunk_size)
+    chunks, rest = batching.chunks(jax.tree.map(jnp.asarray, batch), chunk_size)
     if chunks is not None:
         carry, _ = step(carry, chunks)
     if rest is not None:
         carry, _ = _loop.compiled(add)(carry, rest)
     return carry[2] / (n - 1)
-
-
-def _chunks(batch: Any, n: int, size: int) -> tuple[Any, Any]:
-    """Examples `[n, ...]` as chunks `[n // size, size, 1, ...]` and a rest, or None."""
-    whole = n - n % size
-    batch = jax.tree.map(jnp.asarray, batch)
-    chunks = rest = None
-    if whole:
-        first = jax.tree.map(lambda x: batching.part(x, 0, whole), batch)
-        chunks = batching.cut(first, size, 1)
-    if whole < n:
-        rest = jax.tree.map(lambda x: batching.part(x, whole, n)[:, None], batch)
-    return chunks, rest

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._base import trees
 from optax_sam._base.checks import check_like, check_parameters
 from optax_sam._base.hyperparameters import as_key, check_bool, check_integer
 from optax_sam.diagnostics import _loop, _vector
@@ -171,11 +172,11 @@ def _over_filters(reduce: Any, x: jax.Array) -> Any:
 def _filter_norms(x: jax.Array) -> jax.Array:
     """The norms of filters, with the axes that they go over; no square overflows."""
     largest = _over_filters(jnp.max, jnp.abs(x))
-    relative = x / jnp.where(largest == 0, 1, largest)
+    relative = trees.ratio(x, largest)
     norms: jax.Array = largest * jnp.sqrt(_over_filters(jnp.sum, jnp.square(relative)))
     return norms
 
 
 def _unit_filters(x: jax.Array) -> jax.Array:
-    norms = _filter_norms(x)
-    return x / jnp.where(norms == 0, 1, norms)
+    unit: jax.Array = trees.ratio(x, _filter_norms(x))
+    return unit

@@ -12,10 +12,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_sam._base import trees
 from optax_sam._base.checks import check_parameters, checked
+from optax_sam._base.devices import place
 from optax_sam._base.losses import check_losses
 
 
@@ -47,8 +47,7 @@ def norm(tree: chex.ArrayTree) -> jax.Array:
     tree = widen(tree)
     peaks = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
     largest = jnp.max(trees.stack(peaks), initial=0.0)
-    # Fires where the tree is all zeros: 0 / 1 is the zero wanted, 0 / 0 is NaN.
-    relative = scale(tree, 1 / jnp.where(largest == 0, 1, largest))
+    relative = scale(tree, trees.ratio(1, largest))
     return largest * jnp.sqrt(dot(relative, relative))
 
 
@@ -99,23 +98,6 @@ def losses_function(
         return found
 
     return losses
-
-
-def place(x: jax.Array, like: Any) -> jax.Array:
-    """Places `x`, of the shape of `like` behind any leading axes, as `like` is placed.
-
-    New arrays, of zeros or random numbers, would otherwise be made on every device.
-    """
-    sharding = jax.typeof(like).sharding
-    leading = x.ndim - jnp.ndim(like)
-    if AxisType.Explicit in (sharding.mesh.axis_types or ()):
-        make: Any = PartitionSpec  # Its constructor is not typed.
-        spec = make(*(None,) * leading, *sharding.spec)
-        reshard: Callable[..., jax.Array] = jax.sharding.reshard
-        return reshard(x, NamedSharding(sharding.mesh, spec))
-    # Never, but XLA does not know, and computes entries where `like` has them.
-    never = jnp.isnan(like) & (like == 0)
-    return jnp.where(jnp.expand_dims(never, tuple(range(leading))), jnp.ones_like(x), x)
 
 
 def _wide(x: Any) -> Any:

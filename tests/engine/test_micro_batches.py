@@ -210,7 +210,9 @@ def test_ascents_are_told_of_their_own_clean_pass():
     seen = []
 
     def update_fn(updates, state, params=None, **extra_args):
-        seen.append(extra_args | {"updates": updates})
+        names = "batch", "scoring_batch", "losses", "value", "grad"
+        told = {name: extra_args[name] for name in names} | {"updates": updates}
+        jax.debug.callback(lambda **told: seen.append(told), **told)
         return updates, state
 
     spy = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
