@@ -1,5 +1,6 @@
 """Small problems that the tests share, and the steps they take on them."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,3 +124,40 @@ def norm(tree: Any) -> float:
             sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(tree))
         )
     )
+
+
+def ascend(ascent, problem, state=None, grads=None):
+    """One compiled update of an ascent by hand, without the clean pass of the caller.
+
+    The gradient, where none is given, is a tree of any numbers.
+    """
+    run = jax.jit(functools.partial(ascent.update, loss_fn=problem.loss_fn))
+    return run(
+        problem.params if grads is None else grads,
+        ascent.init(problem.params) if state is None else state,
+        problem.params,
+        batch=problem.batch,
+    )
+
+
+def ascend_by(ascent_loss_fn, ascent, problem):
+    """What an ascent makes of another loss in the clean pass, and its state."""
+    recorded, seen = recorder()
+    tx = optax_sam.sharpness_aware(optax.set_to_zero(), optax.chain(ascent, recorded))
+    step = optax_sam.value_and_update(
+        problem.loss_fn, tx, ascent_loss_fn=ascent_loss_fn
+    )
+    _, _, state = step(problem.params, tx.init(problem.params), problem.batch)
+    return seen["updates"], state.ascent_state[0]
+
+
+def recorder():
+    """A transformation that keeps what its update got."""
+    seen = {}
+
+    def update_fn(updates, state, params=None, **extra_args):
+        seen.update(updates=updates, params=params, extra_args=extra_args)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return tx, seen

@@ -8,73 +8,12 @@ import numpy as np
 import optax
 import problems
 import pytest
+from methods import BASES, METHODS, cover, every_method, every_pair
 
 import optax_sam
 
-METHODS = {
-    "sam": lambda base: optax_sam.sam(base, rho=0.1),
-    "asam": lambda base: optax_sam.asam(base, rho=0.5),
-    "vasso": lambda base: optax_sam.vasso(base, rho=0.1, theta=0.4),
-    "vasso scheduled": lambda base: optax_sam.vasso(
-        base,
-        rho=optax.linear_schedule(0.0, 0.1, 5),
-        theta=optax.cosine_decay_schedule(1.0, 5),
-        accumulator_dtype=jnp.bfloat16,
-    ),
-    "sparse": lambda base: optax_sam.sparse_sam(
-        base, 0.1, optax_sam.n_m(2, 4), refresh_every=2, num_examples=8
-    ),
-    "dynamic sparse": lambda base: optax_sam.dynamic_sparse_sam(
-        base, 0.1, 0.5, refresh_every=2, decay_steps=10
-    ),
-    "reweighted": lambda base: optax_sam.rw_sam(base, 0.1, 0.05, estimator="jvp"),
-    "micro-batches": lambda base: optax_sam.m_sam(base, 0.1, 4),
-    "sam on matrices": lambda base: optax_sam.sharpness_aware(
-        base,
-        optax.chain(
-            optax_sam.perturb_only(
-                lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)
-            ),
-            optax_sam.scale_to_radius(0.1),
-        ),
-    ),
-}
-BASES = {
-    "sgd momentum": lambda: optax.sgd(0.05, momentum=0.9),
-    # The default eps of 1e-8 is zero in float16.
-    "adamw": lambda: optax.adamw(1e-2, eps=1e-4),
-    "lion": lambda: optax.lion(1e-3),
-    "schedule": lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 50)),
-    "schedule free": lambda: optax.contrib.schedule_free_sgd(0.05),
-    "needs value": lambda: optax.contrib.momo(0.05),
-    "prng key": lambda: optax.noisy_sgd(0.05, eta=1e-4, key=0),
-    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
-    "multi steps": lambda: optax.MultiSteps(optax.contrib.momo(0.05), 2),
-    "partition": lambda: optax.partition(
-        {"move": optax.adam(1e-2), "stay": optax.set_to_zero()},
-        lambda p: jax.tree.map(lambda x: "move" if jnp.ndim(x) else "stay", p),
-    ),
-    "masked": lambda: optax.chain(
-        optax.masked(
-            optax.add_decayed_weights(1e-3),
-            lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p),
-        ),
-        optax.sgd(0.05),
-    ),
-}
-
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-SLOW = ("sparse", "dynamic sparse")  # To compile.
-# Every base with two methods, and every method with the bases that ask the most.
-PAIRS = [
-    pytest.param(METHODS[method], BASES[base], id=f"{method}-{base}")
-    for method in METHODS
-    for base in BASES
-    if method in ("sam", "vasso")
-    or base == "adamw"
-    or (base in ("needs value", "prng key") and method not in SLOW)
-]
-every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
+HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32} | HALF
 
 
 def structure_of(tree):
@@ -134,9 +73,7 @@ def test_unknown_extra_arguments_are_accepted(method, base):
     assert jax.tree.structure(updates) == jax.tree.structure(problem.params)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("base", ["sgd momentum", "adamw", "lion"])
-@every_method
+@cover(method=METHODS, base=["sgd momentum", "adamw", "lion"], dtype=DTYPES)
 def test_updates_and_states_keep_their_dtypes(method, base, dtype):
     problem = problems.perceptron(dtype)
     tx = method(BASES[base]())
@@ -147,8 +84,7 @@ def test_updates_and_states_keep_their_dtypes(method, base, dtype):
     assert structure_of(after) == structure_of(opt_state)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@every_method
+@cover(method=METHODS, dtype=HALF)
 def test_trains_in_half_precision(method, dtype):
     problem = problems.perceptron(dtype)
     params, _ = problems.train(method(BASES["adamw"]()), problem, 20)
@@ -172,32 +108,23 @@ def test_x64(method):
     assert structure_of(after) == structure_of(opt_state)
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        [],
-        (),
-        {"a": None, "b": jnp.ones((2, 2))},
-        {"a": {"b": [jnp.ones((2, 2)), (jnp.ones(3), None)]}, "c": {}},
-        jnp.ones((2, 2)),
-        jnp.float32(2.0),
-        {"python": 2.0, "numpy": np.ones((2, 3), np.float32)},
-        {"no entries": jnp.ones((0, 3)), "b": jnp.ones(2)},
-    ],
-    ids=[
-        "dict",
-        "list",
-        "tuple",
-        "None",
-        "nested",
-        "array",
-        "scalar",
-        "host",
-        "size 0",
-    ],
-)
-@every_method
+TREES = {
+    "dict": {},
+    "list": [],
+    "tuple": (),
+    "None": {"a": None, "b": np.ones((2, 2), np.float32)},
+    "nested": {
+        "a": {"b": [np.ones((2, 2), np.float32), (np.ones(3, np.float32), None)]},
+        "c": {},
+    },
+    "array": jnp.ones((2, 2)),
+    "scalar": jnp.float32(2.0),
+    "host": {"python": 2.0, "numpy": np.ones((2, 3), np.float32)},
+    "size 0": {"no entries": jnp.ones((0, 3)), "b": jnp.ones(2)},
+}
+
+
+@cover(method=METHODS, params=TREES)
 def test_trees_of_any_form(method, params):
     def loss_fn(params, batch):
         squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params)]
@@ -233,44 +160,20 @@ def test_init_works_abstractly_and_with_tree_map_params(method):
     assert structure_of(jax.jit(tx.init)(params)) == structure_of(tx.init(params))
 
 
-HYPERPARAMETERS = {
-    optax_sam.sam: {"rho": 0.1},
-    optax_sam.m_sam: {"rho": 0.1},
-    optax_sam.asam: {"rho": 0.5, "eta": 0.01},
-    optax_sam.vasso: {"rho": 0.1, "theta": 0.4},
-    optax_sam.sparse_sam: {"rho": 0.1},
-    optax_sam.dynamic_sparse_sam: {"rho": 0.1, "drop_fraction": 0.5},
-    optax_sam.rw_sam: {"rho": 0.1, "strength": 0.05, "delta": 1e-3},
-}
-STATIC = {
-    optax_sam.m_sam: {"micro_batch_size": 4, "micro_batches_at_once": None},
-    optax_sam.sparse_sam: {"pattern": optax_sam.n_m(2, 4), "refresh_every": 2},
-    optax_sam.dynamic_sparse_sam: {
-        "sparsity": 0.5,
-        "refresh_every": 2,
-        "decay_steps": 10,
-    },
-}
-# Arguments with defaults that inject_hyperparams would trace.
-TRACED = ("num_examples", "chunk_size", "num_probes", "key", "rescale", "normalize")
-
-
-@pytest.mark.parametrize(
-    "alias", HYPERPARAMETERS, ids=[alias.__name__ for alias in HYPERPARAMETERS]
-)
-def test_inject_hyperparams_around_an_alias(alias):
-    problem, values = problems.perceptron(), HYPERPARAMETERS[alias]
-    static = STATIC.get(alias, {})
-    names = set(inspect.signature(alias).parameters) & {*TRACED, *static}
-    injected_alias = optax.inject_hyperparams(alias, static_args=tuple(names))
-    base = optax.sgd(0.1)
-    plain, _ = problems.train(alias(base, **values, **static), problem, 10)
-    tx = injected_alias(base, **values, **static)
-    injected, opt_state = problems.train(tx, problem, 10)
+@every_method
+def test_inject_hyperparams_around_an_alias(method):
+    problem, base = problems.perceptron(), optax.sgd(0.1)
+    values = {**method.hyperparameters, **method.static, **method.injected}
+    scalars = {name: x for name, x in values.items() if isinstance(x, float)}
+    # Whatever else has a default would be traced, and dtypes and patterns refused.
+    static = set(inspect.signature(method.alias).parameters) - {"base", *scalars}
+    injected_alias = optax.inject_hyperparams(method.alias, static_args=tuple(static))
+    plain, _ = problems.train(method.alias(base, **values), problem, 10)
+    injected, opt_state = problems.train(injected_alias(base, **values), problem, 10)
     problems.assert_trees_close(injected, plain, rtol=1e-5, atol=1e-6)
-    assert set(values) <= set(opt_state.hyperparams)
-    constant = {name: optax.constant_schedule(v) for name, v in values.items()}
-    tx = injected_alias(base, **constant, **static)
+    assert set(scalars) <= set(opt_state.hyperparams)
+    constant = {name: optax.constant_schedule(x) for name, x in scalars.items()}
+    tx = injected_alias(base, **{**values, **constant})
     scheduled, _ = problems.train(tx, problem, 10)
     problems.assert_trees_close(scheduled, plain, rtol=1e-5, atol=1e-6)
 

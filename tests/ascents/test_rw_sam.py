@@ -1,4 +1,3 @@
-import functools
 import itertools
 
 import jax
@@ -7,11 +6,9 @@ import numpy as np
 import optax
 import problems
 import pytest
-import test_cost
-from benchmarks import step_cost
 
 import optax_sam
-from optax_sam import implicit, reweight_by_sharpness
+from optax_sam import reweight_by_sharpness
 from optax_sam._ascents import rw_sam as rw_sam_module
 
 
@@ -21,23 +18,8 @@ def rw_sam(base, rho=0.1, strength=1.0, key=0, **kwargs):
     return optax_sam.sharpness_aware(base, ascent)
 
 
-def update(link, problem, state=None, grads=None):
-    """One update of an ascent by hand, without the clean pass of the caller."""
-    run = jax.jit(functools.partial(link.update, loss_fn=problem.loss_fn))
-    return run(
-        problem.params if grads is None else grads,
-        link.init(problem.params) if state is None else state,
-        problem.params,
-        batch=problem.batch,
-    )
-
-
 def example(problem, i):
     return problem._replace(batch=jax.tree.map(lambda x: x[i : i + 1], problem.batch))
-
-
-def num_examples(problem):
-    return jax.tree.leaves(problem.batch)[0].shape[0]
 
 
 def slopes(problem, count=0, **kwargs):
@@ -47,7 +29,7 @@ def slopes(problem, count=0, **kwargs):
     def of(example):
         state = link.init(problem.params)._replace(count=jnp.int32(count))
         alone = problem._replace(batch=jax.tree.map(lambda x: x[None], example))
-        return update(link, alone, state)[1].mean_directional_norm
+        return problems.ascend(link, alone, state)[1].mean_directional_norm
 
     return np.asarray(jax.jit(jax.vmap(of))(problem.batch), np.float64)
 
@@ -97,7 +79,7 @@ def gibbs(exponents):
 def test_closed_form(kwargs):
     problem, strength = problems.perceptron(), 0.3
     link = reweight_by_sharpness(strength, key=0, **kwargs)
-    gradient, state = update(link, problem)
+    gradient, state = problems.ascend(link, problem)
     s = slopes(problem, **kwargs)
     p = gibbs(strength * s / (s.mean() if "normalize" in kwargs else 1.0))
     assert p.max() > 1.5 * p.min()
@@ -184,7 +166,7 @@ def test_unbounded_strength_is_the_ascent_of_the_sharpest_example(strength, esti
     problem = problems.perceptron()
     link = reweight_by_sharpness(strength, key=0, estimator=estimator)
     ascent = optax.chain(link, optax_sam.scale_to_radius(0.1))
-    epsilon, state = update(ascent, problem)
+    epsilon, state = problems.ascend(ascent, problem)
     sharpest = int(np.argmax(slopes(problem, estimator=estimator)))
     grads = jax.grad(problems.mean_loss(example(problem, sharpest)))(problem.params)
     alone = optax_sam.scale_to_radius(0.1)
@@ -280,7 +262,7 @@ def test_without_a_pullback_the_result_is_the_same():
     tx = rw_sam(optax.sgd(0.1), estimator="jvp", num_probes=2)
     step = optax_sam.value_and_update(problem.loss_fn, tx)
     _, expected, state = step(problem.params, tx.init(problem.params), problem.batch)
-    updates, by_hand = update(tx, problem)
+    updates, by_hand = problems.ascend(tx, problem)
     problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
     problems.assert_trees_close(by_hand, state, rtol=1e-4)
 
@@ -293,7 +275,7 @@ def test_draws_depend_on_key_and_count_only():
     assert np.all(slopes(problem, 4, key=5) != expected)
     assert np.all(slopes(problem, 3, key=6) != expected)
     link = reweight_by_sharpness(1.0, key=5)
-    _, state = update(link, problem)
+    _, state = problems.ascend(link, problem)
     np.testing.assert_array_equal(state.key, jax.random.key_data(key))
     rbg = jax.random.key(5, impl="rbg")
     assert np.all(np.isfinite(slopes(problem, 3, key=rbg)))
@@ -331,203 +313,21 @@ def test_leaves_that_are_absent_are_neither_probed_nor_returned():
     only_b = problems.Problem(params, lambda p, x: x @ p["b"], batch)
     for estimator in ("finite_difference", "jvp"):
         link = reweight_by_sharpness(0.5, key=0, estimator=estimator, delta=0.5)
-        out, state = update(
+        out, state = problems.ascend(
             link, both, grads={"a": optax.MaskedNode(), "b": params["b"]}
         )
         assert out["a"] == optax.MaskedNode()
         # The signs of "b" are those that it has when "a" is probed too.
-        expected, expected_state = update(link, only_b)
+        expected, expected_state = problems.ascend(link, only_b)
         # Losses near 400 are rounded.
         np.testing.assert_allclose(out["b"], expected["b"], rtol=1e-3, atol=1e-3)
         assert state.mean_directional_norm == pytest.approx(
             float(expected_state.mean_directional_norm), rel=1e-3
         )
-        nothing, _ = update(link, both, grads=dict.fromkeys(params, optax.MaskedNode()))
+        nothing, _ = problems.ascend(
+            link, both, grads=dict.fromkeys(params, optax.MaskedNode())
+        )
         assert jax.tree.leaves(nothing) == []
-
-
-def test_composes_with_the_other_ascents():
-    problem, rho = problems.perceptron(), 0.1
-
-    def matrices(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    ascent = optax.chain(
-        optax_sam.perturb_only(matrices),
-        reweight_by_sharpness(0.5, key=jax.random.key(0), num_probes=2),
-        optax_sam.suppress_variance(0.4),
-        optax_sam.scale_to_radius(rho),
-    )
-    epsilon, _ = update(ascent, problem)
-    assert epsilon["b0"] == optax.MaskedNode()
-    assert problems.norm(epsilon) == pytest.approx(rho, rel=1e-5)
-    tx = optax_sam.sharpness_aware(optax.adam(1e-2), ascent)
-    params, opt_state = problems.train(tx, problem, 30)
-    loss = problems.mean_loss(problem)
-    assert loss(params) < 0.8 * loss(problem.params)
-    size = optax.tree.get(opt_state, "effective_sample_size")
-    assert 1 < size < num_examples(problem)
-    assert 1 / size <= optax.tree.get(opt_state, "largest_weight") < 1
-    assert optax.tree.get(opt_state, "mean_directional_norm") > 0
-
-
-def only_matrices(params):
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
-def everything(params):
-    return jax.tree.map(lambda p: True, params)
-
-
-def masks(pattern):
-    return optax_sam.sparsify_by_fisher(pattern, refresh_every=2)
-
-
-def exchanges(sparsity):
-    return optax_sam.sparsify_dynamically(
-        sparsity, refresh_every=2, decay_steps=10, key=0
-    )
-
-
-RADIUS = optax_sam.scale_to_radius(0.2)
-# The links of an ascent around those of RW-SAM, if any; `on` is the companion, and off
-# it is what SAM falls back to.
-COMPANIONS = {
-    "VaSSO": lambda links, on: (
-        *links,
-        optax_sam.suppress_variance(0.4 if on else 1.0),
-        RADIUS,
-    ),
-    "Fisher": lambda links, on: (
-        *links,
-        RADIUS,
-        masks(optax_sam.unstructured(0.5 if on else 0.0)),
-    ),
-    "N:M": lambda links, on: (
-        *links,
-        RADIUS,
-        masks(optax_sam.n_m(2 if on else 4, 4)),
-    ),
-    "dynamic": lambda links, on: (*links, RADIUS, exchanges(0.5 if on else 0.0)),
-    "static": lambda links, on: (
-        optax_sam.perturb_only(only_matrices if on else everything),
-        *links,
-        RADIUS,
-    ),
-    "VaSSO and Fisher": lambda links, on: (
-        *links,
-        optax_sam.suppress_variance(0.4 if on else 1.0),
-        RADIUS,
-        masks(optax_sam.unstructured(0.5 if on else 0.0)),
-    ),
-}
-SHALLOW = problems.perceptron(sizes=(6, 4))
-
-
-def trained(*links):
-    """Parameters after five steps, from many starts: a last bit may agree by chance."""
-    base = optax.sgd(0.1, momentum=0.9)
-    tx = optax_sam.sharpness_aware(base, optax.chain(*links))
-    run = problems.training(tx, SHALLOW, 5)
-    starts = [jax.tree.map(lambda p, k=k: p * k / 8, SHALLOW.params) for k in range(16)]
-    return [run(params, tx.init(params))[0] for params in starts]
-
-
-@functools.cache
-def trained_by_rw_sam():
-    return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
-
-
-@pytest.mark.parametrize("name", COMPANIONS)
-def test_combined_methods_fall_back_to_each_other(name):
-    companion = COMPANIONS[name]
-    reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
-    alone = trained(*companion((), on=True))
-    even = trained(*companion((uniform,), on=True))
-    problems.assert_trees_equal(even, alone)
-    plain = trained(*companion((reweight,), on=False))
-    problems.assert_trees_equal(plain, trained_by_rw_sam())
-    combined = trained(*companion((reweight,), on=True))
-    for other in (alone, plain):
-        difference = jax.tree.map(jnp.subtract, combined, other)
-        assert problems.norm(difference) > 1e-4
-
-
-def test_the_average_is_that_of_reweighted_gradients():
-    problem, theta = problems.perceptron(), 0.4
-    link = reweight_by_sharpness(0.5, key=0)
-    chained = optax.chain(link, optax_sam.suppress_variance(theta))
-    _, state = update(chained, problem)
-    first, after = update(link, problem)
-    halved = problem._replace(params=jax.tree.map(lambda p: p / 2, problem.params))
-    second, _ = update(link, halved, after)
-    averaged, _ = update(chained, halved, state)
-    expected = jax.tree.map(lambda a, b: (1 - theta) * a + theta * b, first, second)
-    problems.assert_trees_close(averaged, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_mask_of_the_reweighted_ascent_is_the_mask_of_the_fisher_information():
-    problem = problems.perceptron()
-    fisher, radius = masks(optax_sam.unstructured(0.5)), optax_sam.scale_to_radius(0.1)
-    link = reweight_by_sharpness(0.5, key=0)
-    masked, state = update(optax.chain(link, radius, fisher), problem)
-    whole, _ = update(optax.chain(link, radius), problem)
-    _, alone = update(fisher, problem)
-    problems.assert_trees_equal(state[2].mask, alone.mask)
-    expected = jax.tree.map(lambda m, e: jnp.where(m, e, 0), alone.mask, whole)
-    problems.assert_trees_equal(masked, expected)
-
-
-def direction(loss_fn, ascent_loss_fn, problem, strength=0.5):
-    """What RW-SAM makes of another loss in the clean pass, and its state."""
-    seen = []
-    spy = optax.stateless(lambda updates, params: seen.append(updates) or updates)
-    ascent = optax.chain(reweight_by_sharpness(strength, key=0), spy)
-    tx = optax_sam.sharpness_aware(optax.set_to_zero(), ascent)
-    step = optax_sam.value_and_update(loss_fn, tx, ascent_loss_fn=ascent_loss_fn)
-    state = tx.init(problem.params)
-    _, _, state = step(problem.params, state, problem.batch)
-    return seen[0], state.ascent_state[0]
-
-
-@pytest.mark.parametrize("size", [16, 5, 1])
-def test_slopes_are_those_of_the_loss_of_the_ascent(size):
-    """Another loss, or a part of the batch."""
-    problem = problems.perceptron()
-
-    def another_loss(params, batch):
-        part = jax.tree.map(lambda x: x[:size], batch)
-        return 3 * problem.loss_fn(params, part) + 1
-
-    gradient, state = direction(problem.loss_fn, another_loss, problem)
-    alone = problem._replace(loss_fn=another_loss)
-    expected, expected_state = update(reweight_by_sharpness(0.5, key=0), alone)
-    problems.assert_trees_close(gradient, expected, rtol=2e-2, atol=1e-3)
-    np.testing.assert_allclose(state[2:], expected_state[2:], rtol=1e-2)
-
-
-def test_gradients_of_an_implicit_backward_are_weighted():
-    """Its forward is exact: the weights are those of the dense network."""
-    problem = problems.perceptron(sizes=(6, 8, 4))
-
-    def loss_by(product):
-        def loss_fn(params, batch):
-            x, labels = batch
-            for i in range(2):
-                x = product(x, params[f"w{i}"], (((1,), (0,)), ((), ())))
-                x = x + params[f"b{i}"][None]
-                x = jnp.tanh(x) if i == 0 else x
-            return optax.softmax_cross_entropy_with_integer_labels(x, labels)
-
-        return loss_fn
-
-    sparse = loss_by(implicit.Channels(0.5).dot_general)
-    gradient, state = direction(problem.loss_fn, sparse, problem)
-    dense, dense_state = update(reweight_by_sharpness(0.5, key=0), problem)
-    np.testing.assert_allclose(state[2:], dense_state[2:], rtol=1e-2)
-    problems.assert_trees_differ(gradient, dense)
-    # The last layer's bias is behind no product: its gradient is the dense one.
-    np.testing.assert_allclose(gradient["b1"], dense["b1"], rtol=2e-2, atol=1e-3)
 
 
 def test_schedules_see_the_count_of_steps():
@@ -538,7 +338,7 @@ def test_schedules_see_the_count_of_steps():
     link = reweight_by_sharpness(strength, key=0, delta=lambda count: 0.5 + count)
     state, out = link.init(problem.params), []
     for _ in range(3):
-        gradient, state = update(link, problem, state)
+        gradient, state = problems.ascend(link, problem, state)
         out.append(float(gradient))
     assert out == [1.5, 2.0, 1.5]
     assert state.count == 3
@@ -550,7 +350,7 @@ def test_injected_hyperparameters():
     values = {"strength": 0.5, "delta": 1e-3, "key": 3, "num_probes": 2}
     injected = optax.inject_hyperparams(reweight_by_sharpness, static_args=static)
     (out, state), (expected, _) = (
-        update(link, problem)
+        problems.ascend(link, problem)
         for link in (injected(**values), reweight_by_sharpness(**values))
     )
     problems.assert_trees_close(out, expected, rtol=1e-5, atol=1e-7)
@@ -564,7 +364,7 @@ def test_state_keeps_its_types_and_its_own_buffers():
     problem, key = problems.perceptron(), jax.random.PRNGKey(0)
     link = reweight_by_sharpness(1.0, key=key)
     first, second = link.init(problem.params), link.init(problem.params)
-    _, after = update(link, problem, first)
+    _, after = problems.ascend(link, problem, first)
     for old, new in zip(first, after, strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
         assert old.weak_type == new.weak_type
@@ -577,7 +377,7 @@ def test_x64_takes_differences_in_float64():
     problem = problems.perceptron(jnp.float64)
     exact = slopes(problem, estimator="jvp")
     np.testing.assert_allclose(slopes(problem, delta=1e-7), exact, rtol=1e-4)
-    _, state = update(reweight_by_sharpness(1.0, key=0), problem)
+    _, state = problems.ascend(reweight_by_sharpness(1.0, key=0), problem)
     assert {x.dtype.name for x in state} == {"uint32", "int32", "float32"}
 
 
@@ -641,60 +441,4 @@ def test_a_scalar_loss_is_refused():
     with pytest.raises(
         ValueError, match="reweight_by_sharpness: needs the loss of each example"
     ):
-        update(tx, scalar)
-
-
-@pytest.fixture
-def cost(monkeypatch):
-    """Costs as in `test_cost`, of a step with the arguments given."""
-
-    def of(options, **kwargs):
-        row = f"rw_sam {kwargs}"
-        tx = rw_sam(step_cost.BASE, **kwargs)
-        monkeypatch.setitem(test_cost.ROWS, row, step_cost.engine(tx))
-        return test_cost.cost(options, row)
-
-    return of
-
-
-@pytest.mark.parametrize(
-    ("estimator", "bound"), [("finite_difference", 2.35), ("jvp", 2.75)]
-)
-def test_a_probe_costs_a_forward_pass_and_nothing_else(cost, estimator, bound):
-    base = test_cost.cost(test_cost.MANY_FLOPS, step_cost.SGD)
-    flops = cost(test_cost.MANY_FLOPS, estimator=estimator)["flops"]
-    assert bound - 0.15 < flops / base["flops"] < bound
-
-
-def test_four_probes_take_the_memory_of_one(cost):
-    options = test_cost.MANY_PARAMETERS
-    one, four = cost(options), cost(options, num_probes=4)
-    assert four["temp_bytes"] - one["temp_bytes"] < 0.1 * one["param_bytes"]
-
-
-def test_a_bad_gradient_of_its_own_reaches_no_state_behind_a_mask():
-    """The mask hides the entry that is not finite, but the average has seen it."""
-    problem = problems.quadratic()
-    leave_out = optax.stateless(
-        lambda updates, _: updates | {"scale": jnp.zeros_like(updates["scale"])}
-    )
-    ascent = optax.chain(
-        reweight_by_sharpness(1.0, key=0), optax_sam.suppress_variance(0.5), leave_out
-    )
-    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
-    before = tx.init(problem.params)
-    grads = jax.grad(problems.mean_loss(problem))(problem.params)
-    bad = grads | {"scale": jnp.full_like(grads["scale"], jnp.nan)}
-    for pullback, skipped in [(lambda _: grads, False), (lambda _: bad, True)]:
-        _, after = tx.update(
-            grads,
-            before,
-            problem.params,
-            loss_fn=problem.loss_fn,
-            batch=problem.batch,
-            losses=problem.loss_fn(problem.params, problem.batch),
-            pullback=pullback,
-        )
-        counts = [int(x) for _, x in optax.tree.get_all_with_path(after, "count")]
-        assert counts == ([0, 0] if skipped else [1, 1])
-        assert np.isfinite(problems.norm(optax.tree.get(after, "direction")))
+        problems.ascend(tx, scalar)

@@ -10,7 +10,7 @@ import optax
 import problems
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_distributed import DEVICES, PROBLEM, collectives, fully_sharded
+from meshes import DEVICES, PROBLEM, REPLICATED, SPLIT, collectives, fully_sharded, mesh
 
 import optax_sam
 from optax_sam import diagnostics
@@ -97,8 +97,7 @@ def parameters(kind=None):
     }
     if kind is None:
         return params
-    over = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
-    return jax.device_put(params, NamedSharding(over, PartitionSpec("data")))
+    return jax.device_put(params, NamedSharding(mesh(kind), SPLIT))
 
 
 @functools.cache
@@ -126,10 +125,10 @@ def test_no_parameter_is_gathered(measures, kind):
 
 def test_examples_on_a_mesh_of_explicit_axes():
     """Parameters are everywhere: one axis cannot go along examples and entries."""
-    over = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    over = mesh(AxisType.Explicit)
     with jax.set_mesh(over):
-        params = jax.device_put(parameters(), NamedSharding(over, PartitionSpec()))
-        batch = jax.device_put(jnp.ones(32), NamedSharding(over, PartitionSpec("data")))
+        params = jax.device_put(parameters(), NamedSharding(over, REPLICATED))
+        batch = jax.device_put(jnp.ones(32), NamedSharding(over, SPLIT))
         found = jax.jit(partial(of_examples, separate))(params, batch)
     expected = on_one_device(of_examples, 32)
     problems.assert_trees_close(found, expected, rtol=2e-4, atol=2e-4)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from hessians import SPECTRA, D, loss_fn, problem
 from jax.flatten_util import ravel_pytree
-from test_curvature import SPECTRA, D, loss_fn, problem
 
 import optax_sam
 from optax_sam import diagnostics

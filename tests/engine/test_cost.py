@@ -15,9 +15,21 @@ import optax_sam
 MANY_FLOPS = step_cost.Options(stage_sizes=(1, 1), width=16, batch_size=16)
 MANY_PARAMETERS = step_cost.Options((1, 1), width=64, batch_size=2, image_size=8)
 RESNET18 = step_cost.Options(width=16, batch_size=8)
-
-
 STAGE = ("BasicBlock_1", "Dense_0")
+
+
+def rw_sam(**options):
+    base, rho = measure.BASE, measure.RHO
+    return measure.engine(optax_sam.rw_sam(base, rho, 1.0, **options))
+
+
+def m_sam(size, at_once=1):
+    base, rho = measure.BASE, measure.RHO
+    return measure.engine(
+        optax_sam.m_sam(base, rho, size, micro_batches_at_once=at_once)
+    )
+
+
 ROWS = {
     **step_cost.ROWS,
     **sparse_cost.make_steps(RESNET18.stage_sizes),
@@ -26,6 +38,13 @@ ROWS = {
     "nothing": sparse_cost.perturbing(),
     "last stage": sparse_cost.perturbing(*STAGE),
     "last stage, scaled first": sparse_cost.perturbing(*STAGE, mask_first=False),
+    "rw_sam": rw_sam(),
+    "rw_sam by jvp": rw_sam(estimator="jvp"),
+    "rw_sam of 4 probes": rw_sam(num_probes=4),
+    "all examples": m_sam(MANY_PARAMETERS.batch_size),
+    "1 example, 1 at once": m_sam(1),
+    "1 example, all at once": m_sam(1, at_once=None),
+    "4 examples, all at once": m_sam(4, at_once=None),
 }
 
 problem = functools.cache(measure.make_problem)
@@ -147,3 +166,29 @@ def test_an_exact_top_k_takes_no_more_than_twice_the_scores(case):
 def test_an_ascent_that_perturbs_nothing_costs_no_second_gradient():
     # At most a forward pass, a third of a step, if the compiler leaves it in twice.
     assert 0.99 < flops_over_sgd("nothing") < 1.34
+
+
+@pytest.mark.parametrize(("row", "bound"), [("rw_sam", 2.35), ("rw_sam by jvp", 2.75)])
+def test_a_probe_costs_a_forward_pass_and_nothing_else(row, bound):
+    assert bound - 0.15 < flops_over_sgd(row) < bound
+
+
+def test_four_probes_take_the_memory_of_one():
+    one, four = (cost(MANY_PARAMETERS, f"rw_sam{n}") for n in ("", " of 4 probes"))
+    assert four["temp_bytes"] - one["temp_bytes"] < 0.1 * one["param_bytes"]
+
+
+def test_m_sam_costs_two_gradients_and_the_forward_pass_of_the_whole_batch():
+    # All at once: the compiler counts the body of a loop once.
+    assert 2.3 < flops_over_sgd("4 examples, all at once") < 2.36
+
+
+def test_micro_batches_that_wait_take_no_memory():
+    sam, waiting, at_once = (
+        cost(MANY_PARAMETERS, row)
+        for row in ("all examples", "1 example, 1 at once", "1 example, all at once")
+    )
+    # The mean of the gradients so far; that of the clean ones is not kept for SAM.
+    added = (waiting["temp_bytes"] - sam["temp_bytes"]) / sam["param_bytes"]
+    assert 0.9 < added < 1.1
+    assert at_once["temp_bytes"] > waiting["temp_bytes"]

@@ -7,43 +7,28 @@ import re
 
 import jax
 import jax.numpy as jnp
+import methods
 import optax
 import problems
 import pytest
-import test_contract
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from meshes import (
+    BATCH,
+    DEVICES,
+    LAYOUTS,
+    PROBLEM,
+    collectives,
+    data_parallel,
+    fully_sharded,
+    mesh,
+)
+from methods import cover
 
 import optax_sam
 
-BATCH, DEVICES = 64, 8
-PROBLEM = problems.perceptron(sizes=(8, 16, 8), batch_size=BATCH)
 
-
-def mesh():
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-
-
-def data_parallel(tree):
-    """A whole copy on every device."""
-    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
-
-
-def fully_sharded(tree):
-    """Every device has a part of every array whose first axis can be divided."""
-
-    def put(x):
-        divides = x.ndim and x.shape[0] % DEVICES == 0
-        spec = PartitionSpec("data") if divides else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh(), spec))
-
-    return jax.tree.map(put, tree)
-
-
-layouts = pytest.mark.parametrize("layout", [data_parallel, fully_sharded])
-
-
-METHODS = test_contract.METHODS | {
-    "all in one": lambda base: optax_sam.sharpness_aware(
+def all_in_one(base):
+    return optax_sam.sharpness_aware(
         base,
         optax.chain(
             optax_sam.reweight_by_sharpness(0.05, key=0, estimator="jvp"),
@@ -54,7 +39,9 @@ METHODS = test_contract.METHODS | {
         micro_batch_size=4,
         micro_batches_at_once=DEVICES,
     )
-}
+
+
+METHODS = methods.METHODS | {"all in one": all_in_one}
 
 
 def on_devices(tx, layout):
@@ -65,27 +52,9 @@ def on_devices(tx, layout):
     return inputs, jax.jit(step).lower(*inputs).compile()
 
 
-def collectives(compiled):
-    """Kind and number of entries of every collective in a program."""
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(rf"= (.*) ({kinds})(?:-start)?\(", compiled.as_text())
-    return [
-        (
-            kind,
-            sum(math.prod(map(int, filter(None, d.split(",")))) for d in dims(shapes)),
-        )
-        for shapes, kind in found
-    ]
-
-
-def dims(shapes):
-    return re.findall(r"\w\d+\[([\d,]*)\]", shapes)
-
-
-@layouts
-@pytest.mark.parametrize("method", METHODS)
+@cover(method=METHODS, layout=LAYOUTS)
 def test_twenty_steps_on_many_devices_are_those_on_one(method, layout):
-    tx = METHODS[method](optax.sgd(0.1, momentum=0.9))
+    tx = method(optax.sgd(0.1, momentum=0.9))
     (params, state, batch), step = on_devices(tx, layout)
     single = PROBLEM.params, tx.init(PROBLEM.params)
     alone = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
@@ -129,12 +98,11 @@ def assert_placed_alike(a, b):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-@layouts
-@pytest.mark.parametrize("method", METHODS)
+@cover(method=METHODS, layout=LAYOUTS)
 def test_compiled_state_is_placed_like_the_parameters(method, layout):
     matrices = {name: name.startswith("w") for name in PROBLEM.params}
     base = optax.masked(optax.adam(0.1), matrices)
-    tx = METHODS[method](base)
+    tx = method(base)
     params = layout(PROBLEM.params)
     state = jax.jit(tx.init)(params)
     assert state.base_state.inner_state[0].mu["w1"].sharding == params["w1"].sharding
@@ -146,12 +114,13 @@ def test_compiled_state_is_placed_like_the_parameters(method, layout):
     problems.assert_trees_equal(jax.device_get(state), tx.init(PROBLEM.params))
 
 
-@layouts
-@pytest.mark.parametrize(
-    ("size", "at_once"), [(2, 1), (2, DEVICES), (8, 1), (8, None), (32, 1), (32, None)]
+@cover(
+    layout=LAYOUTS,
+    sizes=[(2, 1), (2, DEVICES), (8, 1), (8, None), (32, 1), (32, None)],
 )
-def test_micro_batches_do_not_depend_on_the_devices(size, at_once, layout):
+def test_micro_batches_do_not_depend_on_the_devices(sizes, layout):
     """Smaller than the part of a device, that part, and spread over four devices."""
+    size, at_once = sizes
     tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, size, micro_batches_at_once=at_once)
     inputs, step = on_devices(tx, layout)
     _, updates, _ = step(*inputs)
@@ -183,7 +152,7 @@ def test_a_micro_batch_on_each_device_halves_the_traffic():
 @pytest.mark.parametrize("method", ["vasso", "dynamic sparse", "reweighted"])
 def test_state_and_masks_cause_no_traffic(method):
     def arrays(method):
-        tx = test_contract.METHODS[method](optax.sgd(0.1))
+        tx = METHODS[method](optax.sgd(0.1))
         _, step = on_devices(tx, data_parallel)
         return [(kind, size) for kind, size in collectives(step) if size > DEVICES]
 
@@ -232,7 +201,7 @@ EXPLICIT["fisher by probes"] = functools.partial(fisher, estimator="probes")
 
 @pytest.mark.parametrize("method", EXPLICIT)
 def test_a_mesh_of_explicit_axes(method):
-    explicit = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    explicit = mesh(AxisType.Explicit)
     tx = EXPLICIT[method](optax.sgd(1.0))
     step = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
     state = tx.init(PROBLEM.params)

@@ -8,8 +8,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-import test_cost
-from sam_examples.benchmarking import measure
 
 import optax_sam
 
@@ -340,38 +338,3 @@ def test_grad_fn_cannot_see_micro_batches():
 def test_bad_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         optax_sam.m_sam(optax.sgd(0.1), 0.1, **arguments)
-
-
-@pytest.fixture
-def cost(monkeypatch):
-    """Costs as in `test_cost`, of m-SAM or what else is given."""
-
-    def cost(options, tx):
-        row = repr(tx)
-        monkeypatch.setitem(test_cost.ROWS, row, measure.engine(tx))
-        return test_cost.cost(options, row)
-
-    return cost
-
-
-m_sam = functools.partial(optax_sam.m_sam, measure.BASE, measure.RHO)
-
-
-def test_m_sam_costs_two_gradients_and_the_forward_pass_of_the_whole_batch(cost):
-    options = test_cost.MANY_FLOPS
-    base = test_cost.cost(options, measure.SGD)
-    # All at once: the compiler counts the body of a loop once.
-    flops = cost(options, m_sam(4, micro_batches_at_once=None))["flops"]
-    assert 2.3 < flops / base["flops"] < 2.36
-
-
-def test_micro_batches_that_wait_take_no_memory(cost):
-    options = test_cost.MANY_PARAMETERS
-    sam = cost(options, m_sam(options.batch_size))
-    waiting, at_once = (
-        cost(options, m_sam(1, micro_batches_at_once=n)) for n in (1, None)
-    )
-    # The mean of the gradients so far; that of the clean ones is not kept for SAM.
-    added = (waiting["temp_bytes"] - sam["temp_bytes"]) / sam["param_bytes"]
-    assert 0.9 < added < 1.1
-    assert at_once["temp_bytes"] > waiting["temp_bytes"]
