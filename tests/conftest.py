@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 # Compiling takes most of the tests' time, and a sixth less at LLVM's first level. Set
@@ -9,6 +10,18 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+if importlib.util.find_spec("flax") is None:
+    # What is about Flax, or uses the examples, which need it.
+    collect_ignore = [
+        "data_files.py",
+        "docs",
+        "engine/test_batch_norm.py",
+        "engine/test_cost.py",
+        "examples",
+        "implicit",
+    ]
+    collect_ignore_glob = ["test_readme*.py", "test_recipes*.py", "test_docs*.py"]
 
 
 def pytest_configure(config):

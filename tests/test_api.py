@@ -1,0 +1,108 @@
+"""Public names, and the parameters, defaults and fields that they have."""
+
+import importlib
+import inspect
+import re
+
+import pytest
+
+# Of states and results, the fields. A signature goes on in lines that are indented.
+API = {
+    "optax_sam": """
+AdaptToScaleState(count)
+ReweightBySharpnessState(key, count, effective_sample_size, largest_weight,
+    mean_directional_norm)
+ScaleToRadiusState(count)
+SharpnessAwareState(ascent_state, base_state)
+SparsifyByFisherState(count, mask, key)
+SparsifyDynamicallyState(count, mask, key)
+SuppressVarianceState(count, direction)
+adapt_to_scale(rho, *, eta=0.0)
+asam(base, rho, *, eta=0.0)
+choose_layers(scores, sparsity, *, cost=None)
+diagnostics
+dynamic_sparse_sam(base, rho, sparsity, *, refresh_every, decay_steps,
+    drop_fraction=0.5, drop_by='gradient', grow_by='random', key=0, rescale=False)
+fisher_diagonal(loss_fn, params, batch, *, num_examples=None, chunk_size=4,
+    axis_name=None)
+m_sam(base, rho, micro_batch_size, *, micro_batches_at_once=1)
+n_m(n, m, axis=-1)
+perturb_only(mask)
+reweight_by_sharpness(strength, *, key, delta=0.0001, num_probes=1,
+    estimator='finite_difference', normalize=False)
+rw_sam(base, rho, strength, *, key=0, delta=0.0001, num_probes=1,
+    estimator='finite_difference', normalize=False)
+sam(base, rho)
+scale_to_radius(rho)
+select_layers(*layers)
+sharpness_aware(base, ascent, *, micro_batch_size=None, micro_batches_at_once=1,
+    axis_name=None, sync_ascent=True)
+sparse_sam(base, rho, pattern, *, refresh_every, num_examples=128,
+    estimator='per_example', chunk_size=4, num_probes=4, key=0, rescale=False)
+sparsify_by_fisher(pattern, *, refresh_every, num_examples=128,
+    estimator='per_example', chunk_size=4, num_probes=4, key=0)
+sparsify_dynamically(sparsity, *, refresh_every, decay_steps, drop_fraction=0.5,
+    drop_by='gradient', grow_by='random', key)
+structured(sparsity, unit='layer')
+suppress_variance(theta, accumulator_dtype=None)
+unstructured(sparsity)
+value_and_update(loss_fn, tx, *, has_aux=False, ascent_loss_fn=None,
+    scoring_loss_fn=None, axis_name=None)
+vasso(base, rho, theta, *, accumulator_dtype=None)
+""",
+    "optax_sam.diagnostics": """
+AscentMetrics(clean_loss, perturbed_loss, gap, perturbation_norm, mask_density,
+    effective_sample_size)
+AscentStability(variance, relative_variance, mean_cosine, mean_norm)
+Eigenpairs(values, residuals, vectors)
+Estimate(mean, standard_error)
+SpectralDensity(nodes, weights)
+ascent_metrics(loss_fn, ascent, *, has_aux=False, ascent_loss_fn=None,
+    scoring_loss_fn=None)
+ascent_stability(loss_fn, ascent, params, ascent_state, batches, *args, has_aux=False,
+    ascent_loss_fn=None, scoring_loss_fn=None)
+average_sharpness(loss_fn, params, batch, *, rho, num_samples=32, adaptive=False,
+    eta=0.0, key)
+filter_normalized_directions(params, *, key, count=2, orthogonal=False)
+gradient_covariance_trace(loss_fn, params, batch, *, chunk_size=4)
+hessian_trace(loss_fn, params, batch, *, num_probes=32, key)
+hessian_vector_product(loss_fn, params, batch, vector)
+loss_surface(loss_fn, params, batch, directions, xs, ys=None)
+smooth_density(density, grid, *, width=None)
+spectral_density(loss_fn, params, batch, *, iterations=64, num_probes=4, key)
+top_eigenvalues(loss_fn, params, batch, *, count=1, iterations=32,
+    return_vectors=False, key)
+worst_case_sharpness(loss_fn, params, batch, *, rho, steps=20, step_size=1.0,
+    adaptive=False, eta=0.0, micro_batch_size=None, micro_batches_at_once=1, key=None)
+""",
+    "optax_sam.implicit": """
+Channels(sparsity, by='gradient')
+Masked(mask)
+MaskedConvGeneralDilated()
+MaskedDotGeneral()
+sparsify(model, how)
+""",
+}
+
+
+def described(name, value):
+    """A name with its parameters and their defaults, without annotations."""
+    if inspect.ismodule(value):
+        return name
+    signature = inspect.signature(value)
+    parameters = [
+        p.replace(annotation=p.empty)
+        for p in signature.parameters.values()
+        if p.name not in ("parent", "name")  # Of every Flax module.
+    ]
+    return f"{name}{inspect.Signature(parameters)}"
+
+
+@pytest.mark.parametrize("module", API)
+def test_names_parameters_and_fields(module):
+    if module == "optax_sam.implicit":
+        pytest.importorskip("flax")
+    public = importlib.import_module(module)
+    found = [described(name, getattr(public, name)) for name in public.__all__]
+    expected = [" ".join(x.split()) for x in re.split(r"\n(?! )", API[module].strip())]
+    assert sorted(found) == sorted(expected)
