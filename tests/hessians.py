@@ -35,4 +35,4 @@ def problem(eigenvalues, dtype=None):
     other += other.T
     batch = np.stack([H + other, H - other]), rng.normal(size=(2, D))
     params = jax.tree.map(lambda x: rng.normal(size=x.shape), TREE)
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, batch)), H
+    return jax.tree.map(lambda x: np.asarray(x, dtype), (params, batch)), H

@@ -68,6 +68,8 @@ METHODS = {
     "micro-batches": Method(optax_sam.m_sam, {"rho": 0.1}, {"micro_batch_size": 4}),
     "sam on matrices": Method(sam_on_matrices, {"rho": 0.1}),
 }
+HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32} | HALF
 BASES = {
     "sgd momentum": lambda: optax.sgd(0.05, momentum=0.9),
     # The default eps of 1e-8 is zero in float16.

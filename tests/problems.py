@@ -19,50 +19,70 @@ class Problem(NamedTuple):
     batch: Any
 
 
+def quadratic_losses(params, batch):
+    distances = jax.tree.map(lambda w, x: 0.5 * (w - x) ** 2, params, batch)
+    return sum(x.reshape(x.shape[0], -1).sum(1) for x in jax.tree.leaves(distances))
+
+
 def quadratic(dtype=jnp.float32) -> Problem:
     """Losses `|w - x_i|^2 / 2`, whose gradients are `w - x_i`, on a nested tree."""
-
-    def loss_fn(params, batch):
-        distances = jax.tree.map(lambda w, x: 0.5 * (w - x) ** 2, params, batch)
-        return sum(x.reshape(x.shape[0], -1).sum(1) for x in jax.tree.leaves(distances))
-
     rng = np.random.default_rng(0)
     params = {
         "layer": {
-            "w": jnp.asarray(rng.normal(size=(1, 3, 2)), dtype),
-            "b": jnp.asarray(rng.normal(size=(1, 2)), dtype),
+            "w": np.asarray(rng.normal(size=(1, 3, 2)), dtype),
+            "b": np.asarray(rng.normal(size=(1, 2)), dtype),
         },
-        "scale": jnp.asarray(rng.normal(size=(1, 1)), dtype),
+        "scale": np.asarray(rng.normal(size=(1, 1)), dtype),
     }
     batch = jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(size=(8, *p.shape[1:])), dtype), params
+        lambda p: np.asarray(rng.normal(size=(8, *p.shape[1:])), dtype), params
     )
-    return Problem(params, loss_fn, batch)
+    return Problem(params, quadratic_losses, batch)
+
+
+def perceptron_losses(params, batch):
+    x, labels = batch
+    layers = len(params) // 2
+    for i in range(layers):
+        x = x @ params[f"w{i}"] + params[f"b{i}"][None]
+        x = jnp.tanh(x) if i < layers - 1 else x
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels)
 
 
 def perceptron(dtype=jnp.float32, sizes=(6, 8, 8, 4), batch_size=16) -> Problem:
     """Cross-entropy of a small tanh network."""
-
-    def loss_fn(params, batch):
-        x, labels = batch
-        layers = len(params) // 2
-        for i in range(layers):
-            x = x @ params[f"w{i}"] + params[f"b{i}"][None]
-            x = jnp.tanh(x) if i < layers - 1 else x
-        return optax.softmax_cross_entropy_with_integer_labels(x, labels)
-
     rng = np.random.default_rng(0)
     params = {}
     for i, (m, n) in enumerate(itertools.pairwise(sizes)):
-        params[f"w{i}"] = jnp.asarray(rng.normal(size=(m, n)) / m**0.5, dtype)
-        params[f"b{i}"] = jnp.asarray(0.1 * rng.normal(size=n), dtype)
-    x = jnp.asarray(rng.normal(size=(batch_size, sizes[0])), dtype)
-    labels = jnp.asarray(rng.integers(sizes[-1], size=batch_size), jnp.int32)
-    return Problem(params, loss_fn, (x, labels))
+        params[f"w{i}"] = np.asarray(rng.normal(size=(m, n)) / m**0.5, dtype)
+        params[f"b{i}"] = np.asarray(0.1 * rng.normal(size=n), dtype)
+    x = np.asarray(rng.normal(size=(batch_size, sizes[0])), dtype)
+    labels = np.asarray(rng.integers(sizes[-1], size=batch_size), np.int32)
+    return Problem(params, perceptron_losses, (x, labels))
+
+
+def replaced(x: Any, index: Any, value: Any) -> np.ndarray:
+    """A copy of an array, on the host, with other entries."""
+    x = np.array(x)
+    x[index] = value
+    return x
 
 
 def mean_loss(problem: Problem) -> Callable[[Any], jax.Array]:
     return lambda params: jnp.mean(problem.loss_fn(params, problem.batch))
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def value_and_grad(loss_fn, params, batch):
+    """Of the mean loss, compiled once for each function and shape."""
+    return jax.value_and_grad(lambda p: jnp.mean(loss_fn(p, batch)))(params)
+
+
+def gradient(problem: Problem) -> Any:
+    """Of the mean loss at the parameters, on the host as the problem is."""
+    return jax.device_get(
+        value_and_grad(problem.loss_fn, problem.params, problem.batch)[1]
+    )
 
 
 def training(tx, problem: Problem, steps: int) -> Callable[[Any, Any], Any]:
@@ -84,7 +104,7 @@ def training(tx, problem: Problem, steps: int) -> Callable[[Any, Any], Any]:
 def train(tx, problem: Problem, steps: int) -> tuple[Any, Any]:
     """Takes compiled steps through `value_and_update`; returns params and state."""
     run = training(tx, problem, steps)
-    return run(problem.params, tx.init(problem.params))
+    return jax.jit(lambda params: run(params, tx.init(params)))(problem.params)
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
@@ -142,22 +162,11 @@ def ascend(ascent, problem, state=None, grads=None):
 
 def ascend_by(ascent_loss_fn, ascent, problem):
     """What an ascent makes of another loss in the clean pass, and its state."""
-    recorded, seen = recorder()
-    tx = optax_sam.sharpness_aware(optax.set_to_zero(), optax.chain(ascent, recorded))
-    step = optax_sam.value_and_update(
-        problem.loss_fn, tx, ascent_loss_fn=ascent_loss_fn
+    kept = optax.GradientTransformation(lambda p: p, lambda u, state, p=None: (u, u))
+    tx = optax_sam.sharpness_aware(optax.set_to_zero(), optax.chain(ascent, kept))
+    step = jax.jit(
+        optax_sam.value_and_update(problem.loss_fn, tx, ascent_loss_fn=ascent_loss_fn)
     )
     _, _, state = step(problem.params, tx.init(problem.params), problem.batch)
-    return seen["updates"], state.ascent_state[0]
-
-
-def recorder():
-    """A transformation that keeps what its update got."""
-    seen = {}
-
-    def update_fn(updates, state, params=None, **extra_args):
-        seen.update(updates=updates, params=params, extra_args=extra_args)
-        return updates, state
-
-    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-    return tx, seen
+    state, updates = state.ascent_state
+    return updates, state

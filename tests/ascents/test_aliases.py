@@ -1,11 +1,14 @@
 """Aliases in the limits in which they are SAM or their base, and their arguments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
 import pytest
+from methods import DTYPES, cover
 
 import optax_sam
 
@@ -21,20 +24,28 @@ def dynamic(base, rho=0.1, sparsity=0.5, **options):
     )
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("method", [sparse, dynamic])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+BASE = optax.sgd(0.1, momentum=0.9)
+
+
+@functools.cache
+def trained(tx, dtype):
+    """Parameters after twenty steps."""
+    return problems.train(tx, problems.perceptron(dtype), 20)[0]
+
+
+SAM = optax_sam.sam(BASE, rho=0.1)
+
+
+@cover(
+    rescale=[False, True],
+    method=[sparse, dynamic],
+    dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16},
+)
 def test_sparsity_zero_is_sam_and_one_is_the_base(method, rescale, dtype):
-    problem, base = problems.perceptron(dtype), optax.sgd(0.1, momentum=0.9)
-    sam, _ = problems.train(optax_sam.sam(base, rho=0.1), problem, 20)
-    plain, _ = problems.train(base, problem, 20)
-    nothing, _ = problems.train(
-        method(base, sparsity=1.0, rescale=rescale), problem, 20
-    )
+    sam, plain = trained(SAM, dtype), trained(BASE, dtype)
+    nothing = trained(method(BASE, sparsity=1.0, rescale=rescale), dtype)
     problems.assert_trees_equal(nothing, plain)
-    everything, _ = problems.train(
-        method(base, sparsity=0.0, rescale=rescale), problem, 20
-    )
+    everything = trained(method(BASE, sparsity=0.0, rescale=rescale), dtype)
     if rescale:  # To scale what has its length already may change the last bit.
         size = float(jnp.finfo(dtype).eps)
         problems.assert_trees_close(everything, sam, rtol=4 * size, atol=4 * size)
@@ -44,21 +55,24 @@ def test_sparsity_zero_is_sam_and_one_is_the_base(method, rescale, dtype):
 
 @pytest.mark.parametrize("method", [sparse, dynamic])
 def test_rescale_brings_the_radius_back(method):
-    problem = problems.perceptron()
-    seen = []
+    params, loss_fn, batch = problem = problems.perceptron()
+    grads = problems.gradient(problem)
     for rescale in (False, True):
-        tx = method(optax.sgd(0.1), rescale=rescale, rho=0.25)
-        grads = jax.grad(problems.mean_loss(problem))(problem.params)
-        tx.update(
-            grads,
-            tx.init(problem.params),
-            problem.params,
-            loss_fn=problem.loss_fn,
-            batch=problem.batch,
-            grad_fn=lambda p, grads=grads: seen.append(p) or grads,
-        )
-        epsilon = jax.tree.map(jnp.subtract, seen[-1], problem.params)
-        zeros = sum(int(jnp.sum(e == 0)) for e in jax.tree.leaves(epsilon))
+        tx = method(optax.identity(), rescale=rescale, rho=0.25)
+
+        @jax.jit
+        def perturbed(grads, params, tx=tx):
+            return tx.update(
+                grads,
+                tx.init(params),
+                params,
+                loss_fn=loss_fn,
+                batch=batch,
+                grad_fn=lambda p: p,
+            )[0]
+
+        epsilon = jax.tree.map(np.subtract, perturbed(grads, params), params)
+        zeros = sum(int(np.sum(e == 0)) for e in jax.tree.leaves(epsilon))
         size = sum(e.size for e in jax.tree.leaves(epsilon))
         assert zeros == size - size // 2
         length = problems.norm(epsilon)
@@ -66,28 +80,24 @@ def test_rescale_brings_the_radius_back(method):
 
 
 def test_vasso_with_theta_one_is_sam():
-    problem, base = problems.perceptron(), optax.sgd(0.1, momentum=0.9)
-    vasso, _ = problems.train(optax_sam.vasso(base, rho=0.1, theta=1.0), problem, 20)
-    sam, _ = problems.train(optax_sam.sam(base, rho=0.1), problem, 20)
-    problems.assert_trees_equal(vasso, sam)
+    vasso = optax_sam.vasso(BASE, rho=0.1, theta=1.0)
+    problems.assert_trees_equal(trained(vasso, jnp.float32), trained(SAM, jnp.float32))
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        lambda base: optax_sam.sam(base, rho=0.0),
-        lambda base: optax_sam.vasso(base, rho=0.0, theta=0.4),
-        lambda base: optax_sam.asam(base, rho=0.0),
-        lambda base: sparse(base, rho=0.0),
-        lambda base: dynamic(base, rho=0.0),
-    ],
-    ids=["sam", "vasso", "asam", "sparse", "dynamic"],
+@cover(
+    tx={
+        "sam": optax_sam.sam,
+        "vasso": functools.partial(optax_sam.vasso, theta=0.4),
+        "asam": optax_sam.asam,
+        "sparse": sparse,
+        "dynamic": dynamic,
+    },
+    dtype=DTYPES,
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_rho_zero_is_the_base(tx, dtype):
     problem, base = problems.perceptron(dtype), optax.adamw(1e-2, eps=1e-4)
     expected, base_state = problems.train(base, problem, 20)
-    actual, state = problems.train(tx(base), problem, 20)
+    actual, state = problems.train(tx(base, rho=0.0), problem, 20)
     problems.assert_trees_equal(actual, expected)
     problems.assert_trees_equal(state.base_state, base_state)
     assert np.isfinite(problems.norm(actual))

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -6,10 +7,13 @@ import numpy as np
 import optax
 import problems
 import pytest
+from methods import DTYPES, cover
 
 import optax_sam
 from optax_sam import reweight_by_sharpness
 from optax_sam._ascents import rw_sam as rw_sam_module
+
+ESTIMATORS = ["finite_difference", "jvp"]
 
 
 def rw_sam(base, rho=0.1, strength=1.0, key=0, **kwargs):
@@ -36,13 +40,13 @@ def slopes(problem, count=0, **kwargs):
 
 def lines(slopes, losses=0.0, dtype=jnp.float32):
     """Losses `c_i + a_i w` of a scalar, so that s_i = |a_i|."""
-    slopes = jnp.asarray(slopes, dtype)
-    losses = jnp.broadcast_to(jnp.asarray(losses, dtype), slopes.shape)
+    slopes = np.asarray(slopes, dtype)
+    losses = np.full(slopes.shape, losses, dtype)
 
     def loss_fn(params, batch):
         return batch[0] + batch[1] * params
 
-    return problems.Problem(jnp.zeros([], dtype), loss_fn, (losses, slopes))
+    return problems.Problem(np.zeros([], dtype), loss_fn, (losses, slopes))
 
 
 def weights(strength, problem, **kwargs):
@@ -130,45 +134,54 @@ def test_jvp_works_in_bfloat16_where_differences_do_not():
     assert np.abs(slopes(problem) - exact).sum() > 0.5 * exact.sum()
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"num_probes": 2}, {"estimator": "jvp"}, {"normalize": True}],
-    ids=lambda kwargs: next(iter(kwargs), "default"),
-)
-@pytest.mark.parametrize("batch_size", [7, 16])
-def test_strength_zero_is_sam_bit_for_bit(kwargs, batch_size):
+BASE = optax.sgd(0.1, momentum=0.9)
+
+
+@functools.cache
+def trained_by_sam(batch_size):
     problem = problems.perceptron(batch_size=batch_size)
-    base = optax.sgd(0.1, momentum=0.9)
-    expected, _ = problems.train(optax_sam.sam(base, 0.1), problem, 10)
+    return problems.train(optax_sam.sam(BASE, 0.1), problem, 10)[0]
+
+
+@cover(
+    batch_size=[7, 16],
+    kwargs={
+        "default": {},
+        "num_probes": {"num_probes": 2},
+        "estimator": {"estimator": "jvp"},
+        "normalize": {"normalize": True},
+    },
+)
+def test_strength_zero_is_sam_bit_for_bit(kwargs, batch_size):
+    problem, base = problems.perceptron(batch_size=batch_size), BASE
+    expected = trained_by_sam(batch_size)
     params, _ = problems.train(rw_sam(base, strength=0.0, **kwargs), problem, 10)
     problems.assert_trees_equal(params, expected)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 16, 100])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@cover(size=[1, 3, 7, 16, 100], dtype=DTYPES)
 def test_weights_are_uniform_where_that_is_sam(size, dtype):
     equal, flat, varied = (
         lines(slopes, 1.0, dtype)
-        for slopes in (jnp.full(size, 3.0), jnp.zeros(size), jnp.arange(size) + 1)
+        for slopes in (np.full(size, 3.0), np.zeros(size), np.arange(size) + 1)
     )
     for strength, lined in ((0.0, varied), (2.0, equal), (1e30, equal), (1.0, flat)):
         p, state = weights(strength, lined, normalize=strength == 2.0)
-        np.testing.assert_array_equal(p, jnp.full(size, 1 / size, dtype))
+        np.testing.assert_array_equal(p, np.full(size, 1 / size, dtype))
         assert state.effective_sample_size == pytest.approx(size, rel=1e-2)
     assert weights(0.0, varied)[1].mean_directional_norm == pytest.approx(
         (size + 1) / 2
     )
 
 
-@pytest.mark.parametrize("strength", [1e30, lambda count: jnp.inf], ids=["1e30", "inf"])
-@pytest.mark.parametrize("estimator", ["finite_difference", "jvp"])
+@cover(strength={"1e30": 1e30, "inf": lambda count: jnp.inf}, estimator=ESTIMATORS)
 def test_unbounded_strength_is_the_ascent_of_the_sharpest_example(strength, estimator):
     problem = problems.perceptron()
     link = reweight_by_sharpness(strength, key=0, estimator=estimator)
     ascent = optax.chain(link, optax_sam.scale_to_radius(0.1))
     epsilon, state = problems.ascend(ascent, problem)
     sharpest = int(np.argmax(slopes(problem, estimator=estimator)))
-    grads = jax.grad(problems.mean_loss(example(problem, sharpest)))(problem.params)
+    grads = problems.gradient(example(problem, sharpest))
     alone = optax_sam.scale_to_radius(0.1)
     expected = alone.update(grads, alone.init(grads))[0]
     problems.assert_trees_close(epsilon, expected, rtol=1e-4, atol=1e-6)
@@ -185,21 +198,19 @@ def test_normalize_takes_the_scale_of_the_loss_out():
     assert state.mean_directional_norm == pytest.approx(1e6 * a.mean())
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("strength", [1.0, 1e30])
-@pytest.mark.parametrize(
-    "slopes",
-    [
-        [1.0, jnp.inf, 2.0],
-        [1.0, jnp.nan, 2.0],
+@cover(
+    normalize=[False, True],
+    strength=[1.0, 1e30],
+    slopes=[
+        [1.0, np.inf, 2.0],
+        [1.0, np.nan, 2.0],
         [3e38, 1.0, 3e38, 2e38],
         [0.0, 0.0],
         [1e-40, 0.0],
-        [jnp.nan, jnp.inf],
-        [jnp.nan],
-        [1e30, jnp.inf, -jnp.inf, jnp.nan, 0.0],
+        [np.nan, np.inf],
+        [np.nan],
+        [1e30, np.inf, -np.inf, np.nan, 0.0],
     ],
-    ids=str,
 )
 def test_weights_of_any_slopes(slopes, strength, normalize):
     p, state = weights(strength, lines(slopes), normalize=normalize)
@@ -227,8 +238,7 @@ def test_an_example_whose_probe_overflows_gets_no_weight():
     np.testing.assert_array_equal(p, np.full(3, 1 / 3, np.float32))
 
 
-@pytest.mark.parametrize("bad", [np.inf, np.nan])
-@pytest.mark.parametrize("estimator", ["finite_difference", "jvp"])
+@cover(bad=[np.inf, np.nan], estimator=ESTIMATORS)
 def test_a_bad_example_leaves_the_ascent_as_it_was(bad, estimator):
     problem = problems.perceptron()
     ascent = optax.chain(
@@ -240,7 +250,8 @@ def test_a_bad_example_leaves_the_ascent_as_it_was(bad, estimator):
     step = jax.jit(optax_sam.value_and_update(problem.loss_fn, tx))
     _, _, before = step(problem.params, tx.init(problem.params), problem.batch)
     x, labels = problem.batch
-    _, updates, after = step(problem.params, before, (x.at[3, 0].set(bad), labels))
+    spoilt = problems.replaced(x, (3, 0), bad), labels
+    _, updates, after = step(problem.params, before, spoilt)
     problems.assert_trees_equal(after.ascent_state, before.ascent_state)
     assert problems.norm(updates) == 0
     assert after.base_state.notfinite_count == 1

@@ -96,8 +96,12 @@ def trained(*links):
     base = optax.sgd(0.1, momentum=0.9)
     tx = optax_sam.sharpness_aware(base, optax.chain(*links))
     run = problems.training(tx, SHALLOW, 5)
-    starts = [jax.tree.map(lambda p, k=k: p * k / 8, SHALLOW.params) for k in range(16)]
-    return [run(params, tx.init(params))[0] for params in starts]
+    starts = [
+        jax.tree.map(lambda p, k=k: p * np.float32(k / 8), SHALLOW.params)
+        for k in range(16)
+    ]
+    opt_state = tx.init(SHALLOW.params)  # Of whatever parameters.
+    return [run(params, opt_state)[0] for params in starts]
 
 
 @functools.cache
@@ -105,7 +109,13 @@ def trained_by_rw_sam():
     return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
 
 
-@pytest.mark.parametrize("name", COMPANIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x in ("VaSSO", "static") else pytest.mark.full)
+        for x in COMPANIONS
+    ],
+)
 def test_combined_methods_fall_back_to_each_other(name):
     companion = COMPANIONS[name]
     reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
@@ -116,7 +126,7 @@ def test_combined_methods_fall_back_to_each_other(name):
     problems.assert_trees_equal(plain, trained_by_rw_sam())
     combined = trained(*companion((reweight,), on=True))
     for other in (alone, plain):
-        difference = jax.tree.map(jnp.subtract, combined, other)
+        difference = jax.tree.map(np.subtract, combined, other)
         assert problems.norm(difference) > 1e-4
 
 
@@ -141,7 +151,7 @@ def test_a_mask_of_the_reweighted_ascent_is_the_mask_of_the_fisher_information()
     whole, _ = problems.ascend(optax.chain(link, radius), problem)
     _, alone = problems.ascend(fisher, problem)
     problems.assert_trees_equal(state[2].mask, alone.mask)
-    expected = jax.tree.map(lambda m, e: jnp.where(m, e, 0), alone.mask, whole)
+    expected = jax.tree.map(np.multiply, alone.mask, whole)
     problems.assert_trees_equal(masked, expected)
 
 
@@ -172,19 +182,23 @@ def test_a_bad_gradient_of_its_own_reaches_no_state_behind_a_mask():
         reweight_by_sharpness(1.0, key=0), optax_sam.suppress_variance(0.5), leave_out
     )
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
-    before = tx.init(problem.params)
-    grads = jax.grad(problems.mean_loss(problem))(problem.params)
-    bad = grads | {"scale": jnp.full_like(grads["scale"], jnp.nan)}
-    for pullback, skipped in [(lambda _: grads, False), (lambda _: bad, True)]:
-        _, after = tx.update(
+    before, grads = tx.init(problem.params), problems.gradient(problem)
+
+    @jax.jit
+    def update(pulled, state):
+        return tx.update(
             grads,
-            before,
+            state,
             problem.params,
             loss_fn=problem.loss_fn,
             batch=problem.batch,
             losses=problem.loss_fn(problem.params, problem.batch),
-            pullback=pullback,
-        )
+            pullback=lambda _: pulled,
+        )[1]
+
+    bad = grads | {"scale": np.full_like(grads["scale"], np.nan)}
+    for pulled, skipped in [(grads, False), (bad, True)]:
+        after = update(pulled, before)
         counts = [int(x) for _, x in optax.tree.get_all_with_path(after, "count")]
         assert counts == ([0, 0] if skipped else [1, 1])
         assert np.isfinite(problems.norm(optax.tree.get(after, "direction")))

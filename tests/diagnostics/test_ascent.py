@@ -80,7 +80,7 @@ def test_masks_combine_and_are_those_in_use():
     params, loss_fn, batch = PROBLEM
     ascend = jax.jit(partial(ascent.update, loss_fn=loss_fn))
     measured = jax.jit(diagnostics.ascent_metrics(loss_fn, ascent))
-    grads = jax.grad(problems.mean_loss(PROBLEM))(params)
+    grads = problems.gradient(PROBLEM)
     state, seen = ascent.init(params), []
     for _ in range(3):
         epsilon, new = ascend(grads, state, params, batch=batch)

@@ -83,13 +83,15 @@ def test_one_step_is_that_of_the_ascent(x64, adaptive):
     make = optax_sam.adapt_to_scale if adaptive else optax_sam.scale_to_radius
     ascent = make(0.3)
 
-    def loss(params):
-        return jnp.mean(loss_fn(params, batch))
+    @jax.jit
+    def rise(params, batch):
+        loss, grads = problems.value_and_grad(loss_fn, params, batch)
+        epsilon, _ = ascent.update(grads, ascent.init(params), params)
+        at = jax.tree.map(jnp.add, params, epsilon)
+        return jnp.mean(loss_fn(at, batch)) - loss
 
-    epsilon, _ = ascent.update(jax.grad(loss)(params), ascent.init(params), params)
-    at = jax.tree.map(jnp.add, params, epsilon)
     found = worst(params, batch, 0.3, steps=1, adaptive=adaptive)
-    assert found == pytest.approx(float(loss(at) - loss(params)), rel=1e-10)
+    assert found == pytest.approx(float(rise(params, batch)), rel=1e-10)
     assert worst(params, batch, 0.3, steps=3, adaptive=adaptive) > found
 
 
@@ -106,12 +108,16 @@ def at_a_minimum(w, h):
 
 
 def test_a_random_start_leaves_a_stationary_point(x64):
-    h, w = jnp.asarray([1.0, 5.0, 2.0, -1.0]), jnp.zeros(4)
-    measure = partial(diagnostics.worst_case_sharpness, at_a_minimum, batch=h, rho=0.2)
+    h, w = np.array([1.0, 5.0, 2.0, -1.0]), np.zeros(4)
+
+    @partial(jax.jit, static_argnames=("key", "steps"))
+    def measure(w, **options):
+        return diagnostics.worst_case_sharpness(at_a_minimum, w, h, rho=0.2, **options)
+
     assert measure(w) == 0
     assert measure(w, key=0, steps=100) == pytest.approx(0.5 * 0.2**2 * 5, rel=1e-9)
     # Elsewhere the better of two starts counts.
-    w = jnp.asarray([1e-3, 0.0, 0.0, 0.0])
+    w = np.array([1e-3, 0.0, 0.0, 0.0])
     assert measure(w) == pytest.approx(0.2 * 1e-3 + 0.02, rel=1e-9)
     assert measure(w, key=0) > 0.09
 
@@ -181,11 +187,12 @@ def test_average_sharpness_of_a_quadratic(x64, adaptive):
 
 def test_average_sharpness_without_chance(x64):
     """Of the same curvature all around, whatever the slope, and without any."""
-    measure = partial(diagnostics.average_sharpness, rho=2.0, num_samples=3, key=0)
-    w = jnp.asarray([1.0, -50.0, 3.0, 4.0])
-    found = measure(at_a_minimum, w, jnp.full(4, 3.0))
+    options = {"rho": 2.0, "num_samples": 3, "key": 0}
+    measure = jax.jit(partial(diagnostics.average_sharpness, at_a_minimum, **options))
+    w = np.array([1.0, -50.0, 3.0, 4.0])
+    found = measure(w, np.full(4, 3.0))
     np.testing.assert_allclose(found, (6, 0), atol=1e-9)
-    found = measure(at_a_minimum, w, jnp.zeros(4))
+    found = measure(w, np.zeros(4))
     np.testing.assert_array_equal(found, (0, 0))
 
 
@@ -242,11 +249,12 @@ def test_gradients_that_differ_by_little():
     def linear(w, x):
         return jnp.sum(x * w[None], axis=-1)
 
-    found = diagnostics.gradient_covariance_trace(linear, jnp.zeros(3), x)
+    trace = jax.jit(partial(diagnostics.gradient_covariance_trace, linear))
+    found = trace(np.zeros(3, np.float32), x)
     expected = np.trace(np.cov(x.astype(np.float64).T))
     assert found == pytest.approx(expected, rel=1e-2)
     same = np.ones((5, 3), np.float32)
-    assert diagnostics.gradient_covariance_trace(linear, jnp.zeros(3), same) == 0
+    assert trace(np.zeros(3, np.float32), same) == 0
     with pytest.raises(ValueError, match="has 1 example"):
         diagnostics.gradient_covariance_trace(linear, jnp.zeros(3), x[:1])
     with pytest.raises(ValueError, match="needs the loss of each example"):
@@ -259,14 +267,11 @@ def test_surface_of_a_quadratic(x64):
     (params, batch), _ = problem(SPECTRA["negative"])
     g, H = quadratic_model(params, batch)
     rng = np.random.default_rng(1)
-    plane = [
-        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
-        for _ in range(2)
-    ]
+    plane = [jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(2)]
     xs, ys = np.linspace(-1, 1, 4), np.linspace(0, 2, 3)
     surface = jax.jit(partial(diagnostics.loss_surface, loss_fn))
     found = surface(params, batch, plane, xs, ys)
-    start = np.mean(np.asarray(loss_fn(params, batch)))
+    start = float(problems.value_and_grad(loss_fn, params, batch)[0])
     vectors = [np.asarray(ravel_pytree(d)[0]) for d in plane]
 
     def loss(e):
@@ -286,11 +291,11 @@ def test_surface_of_a_quadratic(x64):
 def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
     rng = np.random.default_rng(0)
     params = {
-        "conv": jnp.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.bfloat16),
-        "dense": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32).at[:, 1].set(0),
-        "narrow": jnp.ones((1, 3)),
-        "bias": jnp.ones(3),
-        "scale": jnp.float32(2),
+        "conv": np.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.bfloat16),
+        "dense": np.float32(rng.normal(size=(4, 3)) * [1, 0, 1]),
+        "narrow": np.ones((1, 3), np.float32),
+        "bias": np.ones(3, np.float32),
+        "scale": np.float32(2),
     }
     directions = jax.jit(
         partial(
@@ -323,7 +328,9 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
                     np.testing.assert_allclose(x, 0, atol=1e-5)
             else:
                 assert np.abs(products["conv"]).min() > 1e-3
-    again = diagnostics.filter_normalized_directions(params, key=0, count=1)
+    again = jax.jit(partial(diagnostics.filter_normalized_directions, key=0, count=1))(
+        params
+    )
     problems.assert_trees_close(again[0], directions[0], rtol=1e-6)
 
 

@@ -80,7 +80,7 @@ def test_every_optimizer_gets_means_over_devices(tx, check_vma):
 
 def test_the_first_examples_are_those_of_the_first_devices():
     """Others do not count, be they infinite."""
-    batch = jnp.arange(1.0, BATCH + 1)[:, None].at[9].set(jnp.inf)
+    batch = problems.replaced(np.arange(1.0, BATCH + 1)[:, None], 9, np.inf)
     for num_examples, chunk_size in ((9, 4), (3, 2), (8, 8)):
         score = partial(
             optax_sam.fisher_diagonal,
@@ -155,7 +155,7 @@ def test_one_bad_device_keeps_all_from_ascending(sync):
         optax.apply_if_finite(base(), 5), ASCENTS["vasso"], sync_ascent=sync
     )
     images, labels = PROBLEM.batch
-    batch = images.at[BATCH - 1, 0].set(jnp.nan), labels
+    batch = problems.replaced(images, (BATCH - 1, 0), np.nan), labels
     step = jax.jit(over_devices(make_step(tx, axis_name="data")))
     _, _, opt_state = step(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch)
     _, updates, after = step(PROBLEM.params, opt_state, batch)

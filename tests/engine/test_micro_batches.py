@@ -147,7 +147,9 @@ def test_a_bad_micro_batch_leaves_the_state_as_it_was(name, bad, at_once):
     params, _, (x, labels) = perceptron(jnp.float32)
     micro = make_step(name, SIZE, at_once)
     _, state = one_step(micro, params, (x, labels))
-    updates, after = one_step(micro, params, (x.at[5].set(bad), labels), state)
+    updates, after = one_step(
+        micro, params, (problems.replaced(x, 5, bad), labels), state
+    )
     assert problems.norm(updates) == 0
     assert after.base_state.total_notfinite == 1
     problems.assert_trees_equal(after.ascent_state, state.ascent_state)
@@ -157,7 +159,7 @@ def test_a_micro_batch_without_a_gradient_is_not_perturbed():
     problem = problems.quadratic()
     # The first half of the batch has its minimum where the parameters are.
     batch = jax.tree.map(
-        lambda x, w: x.at[:4].set(jnp.broadcast_to(w, x[:4].shape)),
+        lambda x, w: problems.replaced(x, slice(4), np.broadcast_to(w, x[:4].shape)),
         problem.batch,
         problem.params,
     )

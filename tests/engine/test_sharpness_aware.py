@@ -1,16 +1,34 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
 import pytest
+from methods import cover
 
 import optax_sam
 
 
+def recorder():
+    """A transformation that keeps what its update got."""
+    seen = {}
+
+    def update_fn(updates, state, params=None, **extra_args):
+        seen.update(updates=updates, params=params, extra_args=extra_args)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return tx, seen
+
+
 def by_hand(tx, problem, **extra_args):
-    grads = jax.grad(problems.mean_loss(problem))(problem.params)
-    state = tx.init(problem.params)
-    return tx.update(grads, state, problem.params, **extra_args)
+    """The first update and the state after it, compiled as one."""
+
+    @jax.jit
+    def update(grads, params):
+        return tx.update(grads, tx.init(params), params, **extra_args)
+
+    return update(problems.gradient(problem), problem.params)
 
 
 PROBLEM = problems.perceptron()
@@ -18,14 +36,14 @@ LOSS = {"loss_fn": PROBLEM.loss_fn, "batch": PROBLEM.batch}
 
 
 def test_descends_along_the_gradient_at_the_perturbed_point():
-    base, seen = problems.recorder()
-    by_hand(optax_sam.sam(base, rho=0.5), PROBLEM, **LOSS)
-    grad = jax.grad(problems.mean_loss(PROBLEM))
-    clean = grad(PROBLEM.params)
-    length = 0.5 / problems.norm(clean)
+    keep_params = optax.GradientTransformation(lambda p: p, lambda u, s, p: (u, p))
+    updates, state = by_hand(optax_sam.sam(keep_params, rho=0.5), PROBLEM, **LOSS)
+    clean = problems.gradient(PROBLEM)
+    length = np.float32(0.5 / problems.norm(clean))
     point = jax.tree.map(lambda p, g: p + length * g, PROBLEM.params, clean)
-    problems.assert_trees_close(seen["updates"], grad(point), rtol=1e-4, atol=1e-6)
-    problems.assert_trees_equal(seen["params"], PROBLEM.params)
+    expected = problems.gradient(PROBLEM._replace(params=point))
+    problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
+    problems.assert_trees_equal(state.base_state, PROBLEM.params)
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
@@ -36,7 +54,7 @@ def test_the_three_ways_to_call_agree(method):
     grad_fn = jax.grad(problems.mean_loss(PROBLEM))
     with_grad_fn, _ = by_hand(tx, PROBLEM, grad_fn=grad_fn)
     problems.assert_trees_close(with_grad_fn, updates, rtol=1e-5, atol=1e-7)
-    step = optax_sam.value_and_update(PROBLEM.loss_fn, tx)
+    step = jax.jit(optax_sam.value_and_update(PROBLEM.loss_fn, tx))
     value, through, through_state = step(
         PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch
     )
@@ -46,10 +64,10 @@ def test_the_three_ways_to_call_agree(method):
 
 
 def test_grad_fn_wins_over_loss_fn():
-    base, seen = problems.recorder()
-    marker = jax.tree.map(jnp.ones_like, PROBLEM.params)
-    by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS, grad_fn=lambda _: marker)
-    problems.assert_trees_equal(seen["updates"], marker)
+    marker = jax.tree.map(np.ones_like, PROBLEM.params)
+    tx = optax_sam.sam(optax.identity(), rho=0.1)
+    updates, _ = by_hand(tx, PROBLEM, **LOSS, grad_fn=lambda _: marker)
+    problems.assert_trees_equal(updates, marker)
 
 
 def test_scalar_losses_will_do():
@@ -61,7 +79,7 @@ def test_scalar_losses_will_do():
 
     scalar, _ = by_hand(tx, PROBLEM, loss_fn=scalar_loss, batch=PROBLEM.batch)
     problems.assert_trees_close(scalar, updates, rtol=1e-6, atol=1e-8)
-    step = optax_sam.value_and_update(scalar_loss, tx)
+    step = jax.jit(optax_sam.value_and_update(scalar_loss, tx))
     _, through, _ = step(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch)
     problems.assert_trees_close(through, updates, rtol=1e-6, atol=1e-8)
 
@@ -73,7 +91,7 @@ def test_parameters_come_back_exactly():
 
 
 def test_base_gets_value_and_unknown_arguments_but_not_the_protocols():
-    base, seen = problems.recorder()
+    base, seen = recorder()
     by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS, value=1.5, tag="mine")
     assert seen["extra_args"] == {"value": 1.5, "tag": "mine"}
 
@@ -91,7 +109,7 @@ def test_base_gets_the_protocols_arguments_that_it_names():
 
 
 def test_ascent_gets_the_protocol_and_unknown_arguments():
-    ascent, seen = problems.recorder()
+    ascent, seen = recorder()
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
     by_hand(tx, PROBLEM, **LOSS, tag="mine")
     assert set(seen["extra_args"]) == {"loss_fn", "batch", "tag"}
@@ -102,12 +120,14 @@ def test_ascent_gets_the_protocol_and_unknown_arguments():
 
 
 def test_what_an_ascent_hands_on_is_added_in_the_dtype_of_the_parameters():
-    params = jnp.ones(3, jnp.bfloat16)
+    params = np.ones(3, jnp.bfloat16)
     ascent = optax.stateless(lambda updates, _: updates.astype(jnp.float32))
-    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
-    points = []
-    tx.update(params, tx.init(params), params, grad_fn=lambda p: points.append(p) or p)
-    assert points[0].dtype == jnp.bfloat16
+    tx = optax_sam.sharpness_aware(optax.identity(), ascent)
+
+    def update(params):
+        return tx.update(params, tx.init(params), params, grad_fn=lambda p: p)[0]
+
+    assert jax.eval_shape(update, params).dtype == jnp.bfloat16
 
 
 def line_search():
@@ -116,36 +136,25 @@ def line_search():
     )
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda: optax.adam(1e-2),
-        lambda: optax.contrib.momo(0.1),
-        lambda: optax.polyak_sgd(0.1),
-        lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
-        lambda: optax.contrib.sophia(1e-2),
-        lambda: optax.contrib.schedule_free_sgd(0.1),
-        lambda: optax.contrib.sam(
-            optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-        ),
-        lambda: optax.MultiSteps(optax.sgd(0.1), 2),
-        lambda: optax.lbfgs(),
-        line_search,
-    ],
-    ids=[
-        "adam",
-        "momo",
-        "polyak_sgd",
-        "reduce_on_plateau",
-        "sophia",
-        "schedule_free_sgd",
-        "contrib.sam",
-        "MultiSteps",
-        "lbfgs",
-        "backtracking_linesearch",
-    ],
-)
-@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "sam"])
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(1e-2),
+    "momo": lambda: optax.contrib.momo(0.1),
+    "polyak_sgd": lambda: optax.polyak_sgd(0.1),
+    "reduce_on_plateau": lambda: optax.chain(
+        optax.sgd(0.1), optax.contrib.reduce_on_plateau()
+    ),
+    "sophia": lambda: optax.contrib.sophia(1e-2),
+    "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(0.1),
+    "contrib.sam": lambda: optax.contrib.sam(
+        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+    "lbfgs": optax.lbfgs,
+    "backtracking_linesearch": line_search,
+}
+
+
+@cover(wrap={"plain": False, "sam": True}, optimizer=OPTIMIZERS)
 def test_any_optimizer_gets_what_it_asks_for(optimizer, wrap):
     problem, tx = problems.quadratic(), optimizer()
     tx = optax_sam.sam(tx, rho=0.01) if wrap else tx
@@ -156,17 +165,12 @@ def test_any_optimizer_gets_what_it_asks_for(optimizer, wrap):
 
 
 def test_the_scale_of_the_loss_changes_no_epsilon():
-    points = {}
-    for scale in (1.0, 2.0**12):
-        tx = optax_sam.sam(optax.sgd(0.1), rho=0.1)
-        grads = jax.tree.map(
-            lambda g, s=scale: s * g,
-            jax.grad(problems.mean_loss(PROBLEM))(PROBLEM.params),
-        )
-        tx.update(
-            grads,
-            tx.init(PROBLEM.params),
-            PROBLEM.params,
-            grad_fn=lambda p, s=scale: points.setdefault(s, p),
-        )
-    problems.assert_trees_equal(points[1.0], points[2.0**12])
+    tx, params = optax_sam.sam(optax.identity(), rho=0.1), PROBLEM.params
+
+    @jax.jit
+    def perturbed(grads):
+        return tx.update(grads, tx.init(params), params, grad_fn=lambda p: p)[0]
+
+    grads = problems.gradient(PROBLEM)
+    scaled = jax.tree.map(lambda g: np.float32(2**12) * g, grads)
+    problems.assert_trees_equal(perturbed(scaled), perturbed(grads))

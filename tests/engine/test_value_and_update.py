@@ -12,50 +12,74 @@ import optax_sam
 PROBLEM = problems.perceptron()
 
 
-def test_loss_runs_once_per_pass_and_the_ascent_gets_the_pullback():
+def take(step, tx, params, *args):
+    """A compiled step from the first state."""
+    return jax.jit(lambda params, *args: step(params, tx.init(params), *args))(
+        params, *args
+    )
+
+
+def test_loss_runs_once_per_pass():
     calls = []
-    ascent, seen = problems.recorder()
 
     def loss_fn(params, batch):
         calls.append(params)
         return PROBLEM.loss_fn(params, batch)
 
-    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    tx = optax_sam.sam(optax.sgd(0.1), 0.1)
     step = optax_sam.value_and_update(loss_fn, tx)
-    step(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch)
+    state = jax.eval_shape(tx.init, PROBLEM.params)
+    jax.eval_shape(step, PROBLEM.params, state, PROBLEM.batch)
     assert len(calls) == 2
-    extra = seen["extra_args"]
-    np.testing.assert_array_equal(
-        extra["losses"], PROBLEM.loss_fn(PROBLEM.params, PROBLEM.batch)
+
+
+def test_the_ascent_gets_the_losses_their_function_and_the_pullback():
+    weights = np.arange(16, dtype=np.float32)
+    params, loss_fn, batch = PROBLEM
+    other = jax.tree.map(lambda x: x[:5], batch)
+    calls = []
+
+    def counted(params, batch):
+        calls.append(params)
+        return loss_fn(params, batch)
+
+    def update_fn(updates, state, params, *, loss_fn, losses, pullback, **extra_args):
+        before = len(calls)
+        pulled = pullback(weights)
+        assert len(calls) == before  # It runs no forward pass.
+        return updates, (losses, loss_fn(params, other), pulled)
+
+    ascent = optax.GradientTransformationExtraArgs(
+        lambda params: (jnp.zeros(16), jnp.zeros(5), params), update_fn
     )
-    other = jax.tree.map(lambda x: x[:5], PROBLEM.batch)
-    np.testing.assert_array_equal(
-        extra["loss_fn"](PROBLEM.params, other), PROBLEM.loss_fn(PROBLEM.params, other)
-    )
-    weights = jnp.arange(16.0)
-    expected = jax.grad(lambda p: jnp.sum(weights * PROBLEM.loss_fn(p, PROBLEM.batch)))(
-        PROBLEM.params
-    )
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    step = optax_sam.value_and_update(counted, tx)
+    losses, of_other, pulled = take(step, tx, params, batch)[2].ascent_state
+
+    @jax.jit
+    def expected(params):
+        losses, vjp = jax.vjp(lambda p: loss_fn(p, batch), params)
+        return losses, loss_fn(params, other), *vjp(weights)
+
     problems.assert_trees_close(
-        extra["pullback"](weights), expected, rtol=1e-5, atol=1e-5
+        (losses, of_other, pulled), expected(params), rtol=1e-5, atol=1e-5
     )
-    assert len(calls) == 3  # One for `other`. Pulling back runs no forward pass.
 
 
 def test_aux_comes_from_the_clean_pass_and_later_arguments_go_to_both():
     keys = []
 
-    def loss_fn(params, batch, key, statistics):
+    def loss_fn(w, batch, key, statistics):
         keys.append(key)
-        return PROBLEM.loss_fn(params, batch), (params["b0"], statistics + 1)
+        return jnp.sum(w) * batch, (w, statistics + 1)
 
-    tx = optax_sam.sam(optax.sgd(0.1), rho=1.0)
+    tx, w = optax_sam.sam(optax.sgd(0.1), rho=1.0), jnp.ones(3)
     step = optax_sam.value_and_update(loss_fn, tx, has_aux=True)
-    (value, (bias, statistics)), _, _ = step(
-        PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch, jnp.int32(7), 1.0
+    (value, (clean, statistics)), _, _ = step(
+        w, tx.init(w), jnp.ones(4), jnp.int32(7), 1.0
     )
     assert value.shape == ()
-    np.testing.assert_array_equal(bias, PROBLEM.params["b0"])
+    np.testing.assert_array_equal(clean, w)
     assert statistics == 2.0
     assert [int(k) for k in keys] == [7, 7]
 
@@ -63,31 +87,34 @@ def test_aux_comes_from_the_clean_pass_and_later_arguments_go_to_both():
 def test_value_is_accumulated_in_float32():
     problem = problems.quadratic(jnp.float16)
     loss_fn = lambda p, b: problem.loss_fn(p, b) * 0 + 60_000.0  # noqa: E731
-    step = optax_sam.value_and_update(loss_fn, optax.sgd(0.1))
-    value, _, _ = step(
-        problem.params, optax.sgd(0.1).init(problem.params), problem.batch
-    )
+    tx = optax.sgd(0.1)
+    step = optax_sam.value_and_update(loss_fn, tx)
+    value, _, _ = take(step, tx, problem.params, problem.batch)
     assert value.dtype == jnp.float32
     assert value == np.float16(60_000.0)
 
 
 def test_without_a_batch():
-    step = optax_sam.value_and_update(
-        lambda w: jnp.sum(w**2), tx := optax_sam.sam(optax.sgd(0.1), rho=0.1)
-    )
-    value, updates, _ = step(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    tx = optax_sam.sam(optax.sgd(0.1), rho=0.1)
+    step = optax_sam.value_and_update(lambda w: jnp.sum(w**2), tx)
+    value, updates, _ = take(step, tx, np.float32([3, 4]))
     assert value == 25.0
     np.testing.assert_allclose(updates, [-0.612, -0.816], rtol=1e-5)
 
 
 def test_pullback_takes_float32_weights_for_losses_in_half_precision():
-    problem = problems.perceptron(jnp.bfloat16)
-    ascent, seen = problems.recorder()
+    problem, dtypes = problems.perceptron(jnp.bfloat16), set()
+
+    def update_fn(updates, state, params=None, *, pullback, **extra_args):
+        dtypes.add(pullback(np.ones(16, np.float32))["w0"].dtype)
+        return updates, state
+
+    ascent = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
     step = optax_sam.value_and_update(problem.loss_fn, tx)
-    step(problem.params, tx.init(problem.params), problem.batch)
-    gradient = seen["extra_args"]["pullback"](jnp.ones(16, jnp.float32))
-    assert gradient["w0"].dtype == jnp.bfloat16
+    state = jax.eval_shape(tx.init, problem.params)
+    jax.eval_shape(step, problem.params, state, problem.batch)
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_the_ascent_reads_the_gradient_of_its_own_loss():
@@ -104,8 +131,8 @@ def test_the_ascent_reads_the_gradient_of_its_own_loss():
     step = optax_sam.value_and_update(
         loss_fn, tx, has_aux=True, ascent_loss_fn=ascent_loss_fn
     )
-    w, batch = jnp.array([3.0, 4.0]), jnp.array([[1.0, 1.0], [1.0, 3.0]])
-    (value, aux), updates, _ = jax.jit(step)(w, tx.init(w), batch, 2.0)
+    w, batch = np.float32([3, 4]), np.float32([[1, 1], [1, 3]])
+    (value, aux), updates, _ = take(step, tx, w, batch, 2.0)
     assert (value, aux) == (4.0, 7.0)
     # The gradient at (3, 4.5) of both examples, whose mean is (1, 2), times the scale.
     np.testing.assert_allclose(updates, [-4.0, -5.0], rtol=1e-6)
@@ -126,9 +153,11 @@ def test_a_base_gets_no_scoring_loss_it_does_not_name():
         return updates, state
 
     base = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = optax_sam.sam(base, 0.1)
     step = optax_sam.value_and_update(
-        PROBLEM.loss_fn, optax_sam.sam(base, 0.1), scoring_loss_fn=PROBLEM.loss_fn
+        PROBLEM.loss_fn, tx, scoring_loss_fn=PROBLEM.loss_fn
     )
-    step(PROBLEM.params, optax_sam.sam(base, 0.1).init(PROBLEM.params), PROBLEM.batch)
+    state = jax.eval_shape(tx.init, PROBLEM.params)
+    jax.eval_shape(step, PROBLEM.params, state, PROBLEM.batch)
     assert "value" in seen[0]
     assert "scoring_loss_fn" not in seen[0]
