@@ -101,10 +101,10 @@ def train(step, tx, steps=20):
         return (optax.apply_updates(params, updates), opt_state), value
 
     @jax.jit
-    def run(params, opt_state):
-        return jax.lax.scan(body, (params, opt_state), length=steps)
+    def run(params):
+        return jax.lax.scan(body, (params, tx.init(params)), length=steps)
 
-    return run(PROBLEM.params, tx.init(PROBLEM.params))
+    return run(PROBLEM.params)
 
 
 @functools.cache

@@ -95,6 +95,14 @@ BASES = {
 }
 
 
+def defaults(names, chosen):
+    """Parameters, those that are not chosen only in the full tier."""
+    return [
+        pytest.param(name, marks=() if name in chosen else pytest.mark.full)
+        for name in names
+    ]
+
+
 def cover(**axes):
     """Parametrizes a test by a product, of which a fixed part is in the default tier.
 

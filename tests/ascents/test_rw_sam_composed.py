@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+from methods import defaults
 
 import optax_sam
 from optax_sam import reweight_by_sharpness
@@ -109,13 +110,7 @@ def trained_by_rw_sam():
     return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=() if x in ("VaSSO", "static") else pytest.mark.full)
-        for x in COMPANIONS
-    ],
-)
+@pytest.mark.parametrize("name", defaults(COMPANIONS, ("VaSSO", "static")))
 def test_combined_methods_fall_back_to_each_other(name):
     companion = COMPANIONS[name]
     reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))

@@ -50,7 +50,7 @@ def test_metrics_are_those_of_the_perturbation(ascent, density):
     loss = problems.mean_loss(PROBLEM)
     ascend = jax.jit(partial(ascent.update, loss_fn=loss_fn))
     epsilon, _ = ascend(
-        jax.grad(loss)(params), ascent.init(params), params, batch=batch
+        problems.gradient(PROBLEM), ascent.init(params), params, batch=batch
     )
     perturbed = jax.tree.map(
         lambda e, p: p if isinstance(e, optax.MaskedNode) else p + e,

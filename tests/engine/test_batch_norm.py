@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
-import pytest
-from meshes import DEVICES, PROBLEM, REPLICATED, SPLIT, checks, mesh
+from meshes import DEVICES, PROBLEM, REPLICATED, SPLIT, mesh
+from methods import cover
 
 import optax_sam
 
@@ -34,12 +34,11 @@ def norm_loss_fn(model):
     return loss_fn
 
 
-@checks
-@pytest.mark.parametrize("across", [True, False])
+@cover(across=[True, False], check_vma=[True, False])
 def test_batch_normalisation_with_and_without_statistics_across_devices(
     across, check_vma
 ):
-    variables = Net().init(jax.random.key(0), PROBLEM.batch[0])
+    variables = jax.jit(Net().init)(jax.random.key(0), PROBLEM.batch[0])
     params, statistics = variables["params"], variables["batch_stats"]
     tx = optax_sam.sam(optax.sgd(1.0), 0.1)
     opt_state = tx.init(params)
@@ -54,7 +53,7 @@ def test_batch_normalisation_with_and_without_statistics_across_devices(
         )
         return losses.reshape(-1), updated
 
-    expected = optax_sam.value_and_update(whole, tx, has_aux=True)(
+    expected = jax.jit(optax_sam.value_and_update(whole, tx, has_aux=True))(
         params, opt_state, PROBLEM.batch, statistics
     )
 
@@ -85,6 +84,6 @@ def test_batch_normalisation_with_and_without_statistics_across_devices(
         (value, others), (expected_value, expected_others), rtol=1e-4, atol=2e-6
     )
     expected_updated = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (DEVICES, *x.shape[-1:])), expected_updated
+        lambda x: np.broadcast_to(x, (DEVICES, *x.shape[-1:])), expected_updated
     )
     problems.assert_trees_close(updated, expected_updated, rtol=1e-4, atol=1e-6)

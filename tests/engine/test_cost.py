@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from benchmarks import sparse_cost, step_cost, top_k
+from methods import defaults
 from sam_examples.benchmarking import measure
 
 import optax_sam
@@ -61,7 +62,7 @@ def flops_over_sgd(row, options=MANY_FLOPS, count=None):
     return cost(options, row, count)["flops"] / cost(options, measure.SGD)["flops"]
 
 
-@pytest.mark.parametrize("method", ["sam", "asam", "vasso"])
+@pytest.mark.parametrize("method", defaults(["sam", "asam", "vasso"], ["sam"]))
 def test_a_method_costs_two_passes_and_nothing_else(method):
     assert 1.99 < flops_over_sgd(f"optax_sam.{method}") < 2.005
 
@@ -71,18 +72,21 @@ def test_value_and_update_costs_the_base_nothing():
     assert cost(MANY_FLOPS, "SGD value_and_update") == plain
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["sam", "vasso"])
 def test_temporary_memory_is_that_of_optax_contrib(method):
     expected = cost(MANY_PARAMETERS, step_cost.CONTRIB)["temp_bytes"]
     assert cost(MANY_PARAMETERS, f"optax_sam.{method}")["temp_bytes"] < 1.05 * expected
 
 
+@pytest.mark.full
 def test_asam_takes_less_than_a_fifth_of_the_parameters_more():
     sam, asam = (cost(MANY_PARAMETERS, f"optax_sam.{m}") for m in ("sam", "asam"))
     # XLA on the CPU keeps the scaled gradient of one layer instead of making it again.
     assert asam["temp_bytes"] - sam["temp_bytes"] < 0.2 * sam["param_bytes"]
 
 
+@pytest.mark.full
 def test_vasso_keeps_no_temporary_beyond_those_of_sam():
     sam, vasso = (cost(MANY_PARAMETERS, f"optax_sam.{m}") for m in ("sam", "vasso"))
     assert vasso["temp_bytes"] - sam["temp_bytes"] < 0.02 * sam["param_bytes"]
@@ -107,6 +111,7 @@ def test_vasso_adds_one_float32_tree_and_scalars_to_the_state_of_sam(dtype):
     assert state(optax_sam.vasso(base, rho, 0.4)) == state(base) + arrays(average)
 
 
+@pytest.mark.full
 def test_gradients_that_no_perturbation_reads_are_not_computed():
     everything = flops_over_sgd("optax_sam.sam")
     # Scaled first, the norm reads every gradient: less is saved.
@@ -114,6 +119,7 @@ def test_gradients_that_no_perturbation_reads_are_not_computed():
     assert flops_over_sgd("last stage") < 1.55 < scaled_first < 1.8 < everything
 
 
+@pytest.mark.full
 def test_the_last_block_of_resnet18_costs_what_the_readme_says():
     params = jax.eval_shape(problem(RESNET18).init)["params"]
     perturbed = measure.num_bytes([params["BasicBlock_7"], params["Dense_0"]])
@@ -121,6 +127,7 @@ def test_the_last_block_of_resnet18_costs_what_the_readme_says():
     assert 1 < flops_over_sgd("static, last block and head", RESNET18) < 1.39
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [sparse_cost.SSAM_F, sparse_cost.SSAM_D])
 def test_array_masks_cost_nothing_between_refreshes(method):
     between = cost(MANY_FLOPS, method, sparse_cost.NOT_DUE)
@@ -133,16 +140,19 @@ def test_array_masks_cost_nothing_between_refreshes(method):
     assert flops_over_sgd(method, count=sparse_cost.NOT_DUE) < 2.02
 
 
+@pytest.mark.full
 def test_array_masks_take_a_byte_for_each_parameter_of_the_state():
     sam, masked = (cost(MANY_FLOPS, m) for m in (sparse_cost.SAM, sparse_cost.SSAM_F))
     added = masked["state_bytes"] - sam["state_bytes"]
     assert sam["param_bytes"] / 4 <= added < sam["param_bytes"] / 4 + 100
 
 
+@pytest.mark.full
 def test_an_implicit_backward_of_half_the_channels_saves_a_third_of_a_pass():
     assert 1.6 < flops_over_sgd("implicit, 1/2 kept", RESNET18) < 1.7
 
 
+@pytest.mark.full
 def test_the_memory_of_scores_does_not_grow_with_the_number_of_examples():
     few, many = (
         sparse_cost.scoring_memory(problem(MANY_PARAMETERS), n) for n in (16, 128)
@@ -151,11 +161,13 @@ def test_the_memory_of_scores_does_not_grow_with_the_number_of_examples():
     assert many < 1.01 * few < 8
 
 
+@pytest.mark.full
 def test_the_memory_of_scores_does_not_grow_with_the_number_of_probes():
     few, many = (cost(MANY_PARAMETERS, row) for row in ("2 probes", "8 probes"))
     assert many["temp_bytes"] < 1.01 * few["temp_bytes"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["ResNet-18", "one tensor"])
 def test_an_exact_top_k_takes_no_more_than_twice_the_scores(case):
     scores = top_k.make_scores(width=16)[case]
@@ -163,26 +175,31 @@ def test_an_exact_top_k_takes_no_more_than_twice_the_scores(case):
     assert exact.temp_bytes < 2 * measure.num_bytes(scores)
 
 
+@pytest.mark.full
 def test_an_ascent_that_perturbs_nothing_costs_no_second_gradient():
     # At most a forward pass, a third of a step, if the compiler leaves it in twice.
     assert 0.99 < flops_over_sgd("nothing") < 1.34
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("row", "bound"), [("rw_sam", 2.35), ("rw_sam by jvp", 2.75)])
 def test_a_probe_costs_a_forward_pass_and_nothing_else(row, bound):
     assert bound - 0.15 < flops_over_sgd(row) < bound
 
 
+@pytest.mark.full
 def test_four_probes_take_the_memory_of_one():
     one, four = (cost(MANY_PARAMETERS, f"rw_sam{n}") for n in ("", " of 4 probes"))
     assert four["temp_bytes"] - one["temp_bytes"] < 0.1 * one["param_bytes"]
 
 
+@pytest.mark.full
 def test_m_sam_costs_two_gradients_and_the_forward_pass_of_the_whole_batch():
     # All at once: the compiler counts the body of a loop once.
     assert 2.3 < flops_over_sgd("4 examples, all at once") < 2.36
 
 
+@pytest.mark.full
 def test_micro_batches_that_wait_take_no_memory():
     sam, waiting, at_once = (
         cost(MANY_PARAMETERS, row)

@@ -61,15 +61,13 @@ def test_micro_batches_do_not_span_devices():
         train(over_devices(make_step(tx, axis_name="data")), tx)
 
 
-@checks
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.sgd(0.1, momentum=0.9),
-        optax.lbfgs(0.5, memory_size=3),
-        optax_sam.sam(optax.contrib.momo(0.05), 0.1),
-    ],
-    ids=["sgd", "line search", "needs value"],
+@cover(
+    tx={
+        "sgd": optax.sgd(0.1, momentum=0.9),
+        "line search": optax.lbfgs(0.5, memory_size=3),
+        "needs value": optax_sam.sam(optax.contrib.momo(0.05), 0.1),
+    },
+    check_vma=[True, False],
 )
 def test_every_optimizer_gets_means_over_devices(tx, check_vma):
     expected = train(make_step(tx), tx, steps=5)
@@ -80,7 +78,7 @@ def test_every_optimizer_gets_means_over_devices(tx, check_vma):
 
 def test_the_first_examples_are_those_of_the_first_devices():
     """Others do not count, be they infinite."""
-    batch = problems.replaced(np.arange(1.0, BATCH + 1)[:, None], 9, np.inf)
+    batch = problems.replaced(np.arange(1, BATCH + 1, dtype="f")[:, None], 9, np.inf)
     for num_examples, chunk_size in ((9, 4), (3, 2), (8, 8)):
         score = partial(
             optax_sam.fisher_diagonal,
@@ -94,8 +92,9 @@ def test_the_first_examples_are_those_of_the_first_devices():
             in_specs=(REPLICATED, SPLIT),
             out_specs=REPLICATED,
         )
-        w = jnp.zeros(1)
-        np.testing.assert_allclose(over(w, batch), score(w, batch), rtol=1e-6)
+        w = np.zeros(1, np.float32)
+        alone = jax.jit(score)(w, batch)
+        np.testing.assert_allclose(jax.jit(over)(w, batch), alone, rtol=1e-6)
     with pytest.raises(ValueError, match=r"fisher_diagonal: axis_name = 'data' is"):
         score(w, batch, axis_name="data")
 
@@ -143,9 +142,9 @@ def test_the_sum_over_devices_may_exceed_half_precision(check_vma):
     step = optax_sam.value_and_update(
         lambda w, batch: 2e4 * w[0] * batch[:, 0], tx, axis_name="data"
     )
-    w = jnp.zeros(1, jnp.float16)
-    batch = jnp.ones((BATCH, 1), jnp.float16)
-    _, updates, _ = over_devices(step, check_vma=check_vma)(w, tx.init(w), batch)
+    w, batch = np.zeros(1, np.float16), np.ones((BATCH, 1), np.float16)
+    step = jax.jit(over_devices(step, check_vma=check_vma))
+    _, updates, _ = step(w, tx.init(w), batch)
     np.testing.assert_allclose(updates, [-2e4], rtol=1e-3)
 
 
@@ -164,7 +163,9 @@ def test_one_bad_device_keeps_all_from_ascending(sync):
     assert after.base_state.notfinite_count == 1
 
 
-@checks
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.full)]
+)
 def test_collectives(check_vma):
     """Two reductions of gradients, one where devices ascend alone, and no others."""
 

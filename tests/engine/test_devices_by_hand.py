@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
 import pytest
@@ -20,12 +21,12 @@ from meshes import (
     over_devices,
     train,
 )
+from methods import cover
 
 import optax_sam
 
 
-@pytest.mark.parametrize("sync", [True, False])
-@pytest.mark.parametrize("given", ["grad_fn", "loss_fn"])
+@cover(sync=[True, False], given=["grad_fn", "loss_fn"])
 def test_by_hand_in_pmap(sync, given):
     """Gradients are those of each device, and so are the arguments of update."""
     tx = optax_sam.sharpness_aware(
@@ -43,10 +44,11 @@ def test_by_hand_in_pmap(sync, given):
     # The state of a device is kept on it, as users of pmap do.
     step = jax.pmap(step, axis_name="data", in_axes=(0, 0, 0))
     state = PROBLEM.params, tx.init(PROBLEM.params)
-    state = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), state)
+    state = jax.tree.map(lambda x: np.stack([x] * DEVICES), state)
     batch = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), PROBLEM.batch)
     for _ in range(20):
         state = step(*state, batch)
+    state = jax.device_get(state)
     expected, _ = on_one_device("vasso", None if sync else BATCH // DEVICES)
     for device in range(DEVICES):
         of_device = jax.tree.map(lambda x, i=device: x[i], state)
@@ -95,8 +97,7 @@ def test_by_hand_the_base_gets_the_mean_value():
     problems.assert_trees_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("sync", [True, False])
-@pytest.mark.parametrize("ascent", ["reweighted", "fisher by probes"])
+@cover(sync=[True, False], ascent=["reweighted", "fisher by probes"])
 def test_a_pullback_that_adds_up_devices_is_refused(ascent, sync):
     tx = optax_sam.sharpness_aware(base(), ASCENTS[ascent], sync_ascent=sync)
 

@@ -22,7 +22,7 @@ from meshes import (
     fully_sharded,
     mesh,
 )
-from methods import cover
+from methods import cover, defaults
 
 import optax_sam
 
@@ -199,7 +199,16 @@ for num_examples, chunk_size in ((BATCH, 4), (24, 8), (20, 8), (24, 5)):
 EXPLICIT["fisher by probes"] = functools.partial(fisher, estimator="probes")
 
 
-@pytest.mark.parametrize("method", EXPLICIT)
+DEFAULT = (
+    "vasso",
+    "micro-batches of 2, 1 at once",
+    "micro-batches of 32, None at once",
+    "fisher of 20 by 8",
+    "fisher by probes",
+)
+
+
+@pytest.mark.parametrize("method", defaults(EXPLICIT, DEFAULT))
 def test_a_mesh_of_explicit_axes(method):
     explicit = mesh(AxisType.Explicit)
     tx = EXPLICIT[method](optax.sgd(1.0))
@@ -232,6 +241,6 @@ def test_micro_batches_of_each_device_by_itself():
     mapped = jax.shard_map(
         local, mesh=mesh(), in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec()
     )
-    _, expected, _ = step(PROBLEM.params, state, PROBLEM.batch)
+    _, expected, _ = jax.jit(step)(PROBLEM.params, state, PROBLEM.batch)
     updates = jax.jit(mapped)(PROBLEM.params, PROBLEM.batch)
     problems.assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)

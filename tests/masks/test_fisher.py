@@ -1,3 +1,6 @@
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,7 @@ def per_example(problem, num_examples):
 
     def square(i):
         example = jax.tree.map(lambda x: x[i : i + 1], problem.batch)
-        grads = jax.grad(lambda p: problem.loss_fn(p, example)[0])(problem.params)
+        _, grads = problems.value_and_grad(problem.loss_fn, problem.params, example)
         return jax.tree.map(lambda g: np.asarray(g, np.float64) ** 2, grads)
 
     squares = [square(i) for i in range(num_examples)]
@@ -26,13 +29,13 @@ def per_example(problem, num_examples):
 )
 def test_fisher_is_the_mean_of_squared_gradients(num_examples, chunk_size):
     problem = problems.perceptron()
-    fisher = optax_sam.fisher_diagonal(
+    diagonal = partial(
+        optax_sam.fisher_diagonal,
         problem.loss_fn,
-        problem.params,
-        problem.batch,
         num_examples=num_examples,
         chunk_size=chunk_size,
     )
+    fisher = jax.jit(diagonal)(problem.params, problem.batch)
     expected = per_example(problem, min(num_examples or 16, 16))
     problems.assert_trees_close(fisher, expected, rtol=1e-4, atol=1e-8)
 
@@ -51,27 +54,30 @@ def test_probes_are_exact_over_all_signs(monkeypatch):
     """The mean over all 2^n draws is the diagonal: theory, E (sum s_i g_i)^2."""
     problem = problems.perceptron(batch_size=5)
     n = 4
-    draws = [(-1.0) ** np.array(list(np.binary_repr(i, n)), int) for i in range(2**n)]
-    losses, pullback = protocol.linearise(
-        lambda p: problem.loss_fn(p, problem.batch), problem.params
-    )
-    total = None
-    for signs in draws:
-        # The fifth example is beyond num_examples: its sign must not matter.
-        padded = jnp.asarray([*signs, 1.0], jnp.float32)
-        monkeypatch.setattr(jax.random, "rademacher", lambda *_, s=padded: s)
-        probe = fisher.fisher_from_probes(losses, pullback, n, 1, jax.random.key(0))
-        total = probe if total is None else jax.tree.map(jnp.add, total, probe)
-    mean = jax.tree.map(lambda t: t / len(draws), total)
+    # The fifth example is beyond num_examples: its sign must not matter.
+    draws = [(*signs, 1) for signs in itertools.product([-1, 1], repeat=n)]
+
+    def probe(signs):
+        monkeypatch.setattr(jax.random, "rademacher", lambda *_: signs)
+        clean = protocol.linearise(
+            lambda p: problem.loss_fn(p, problem.batch), problem.params
+        )
+        return fisher.fisher_from_probes(*clean, n, 1, jax.random.key(0))
+
+    probes = jax.jit(jax.vmap(probe))(np.asarray(draws, np.float32))
+    mean = jax.tree.map(lambda x: np.mean(x, axis=0), probes)
     problems.assert_trees_close(mean, per_example(problem, n), rtol=1e-4, atol=1e-8)
 
 
 def test_probes_estimate_the_diagonal():
     problem, num_probes = problems.perceptron(), 400
-    clean = protocol.linearise(
-        lambda p: problem.loss_fn(p, problem.batch), problem.params
-    )
-    estimate = fisher.fisher_from_probes(*clean, 16, num_probes, jax.random.key(1))
+
+    @jax.jit
+    def probe(params):
+        clean = protocol.linearise(lambda p: problem.loss_fn(p, problem.batch), params)
+        return fisher.fisher_from_probes(*clean, 16, num_probes, jax.random.key(1))
+
+    estimate = probe(problem.params)
     exact = per_example(problem, 16)
     # The variance of the sum is that of 164 dependent estimates, each with a relative
     # deviation of at most sqrt(2 / probes).
