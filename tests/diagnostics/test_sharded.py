@@ -11,6 +11,7 @@ import problems
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import DEVICES, PROBLEM, REPLICATED, SPLIT, collectives, fully_sharded, mesh
+from methods import cover
 
 import optax_sam
 from optax_sam import diagnostics
@@ -92,8 +93,8 @@ def parameters(kind=None):
     """On one device, or spread over all along axes of a kind."""
     rng = np.random.default_rng(0)
     params = {
-        "w": jnp.asarray(rng.normal(size=(64, 24)), jnp.float32),
-        "b": jnp.asarray(rng.normal(size=24), jnp.float32),
+        "w": np.asarray(rng.normal(size=(64, 24)), np.float32),
+        "b": np.asarray(rng.normal(size=24), np.float32),
     }
     if kind is None:
         return params
@@ -105,8 +106,10 @@ def on_one_device(measures, shape):
     return jax.jit(partial(measures, separate))(parameters(), jnp.ones(shape))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("measures", [curvature, sharpness, of_ascents])
+@cover(
+    kind={"Auto": AxisType.Auto, "Explicit": AxisType.Explicit},
+    measures=[curvature, sharpness, of_ascents],
+)
 def test_no_parameter_is_gathered(measures, kind):
     """Devices tell each other numbers only; of directions, how long filters are."""
     params, batch = parameters(kind), jnp.ones(2)
