@@ -34,6 +34,14 @@ from jax import lax
 
 from optax_sam._base import trees
 
+__all__ = [
+    "Channels",
+    "Masked",
+    "MaskedConvGeneralDilated",
+    "MaskedDotGeneral",
+    "sparsify",
+]
+
 _Product = Callable[[jax.Array, jax.Array], jax.Array]
 _CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 _Model = TypeVar("_Model", bound=nnx.Module)
