@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
-from optax_sam._base.checks import checked
+from optax_sam._base.checks import checked, refuse
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import (
     ScalarOrSchedule,
@@ -180,10 +180,8 @@ def sparsify_by_fisher(
     """
     owner = "sparsify_by_fisher"
     if not callable(pattern):
-        raise TypeError(
-            f"{owner}: pattern must be a function from scores to masks, such as "
-            f"optax_sam.unstructured(0.5); got {pattern!r}."
-        )
+        what = "pattern must be a function from scores to masks"
+        refuse(owner, what, pattern, "pass optax_sam.unstructured(0.5), say", TypeError)
     refresh_every = check_integer(owner, "refresh_every", refresh_every, low=1)
     fisher = _estimator(owner, estimator, num_examples, chunk_size, num_probes)
     seed = as_key(owner, key)
@@ -267,22 +265,18 @@ def _estimator(
     chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1, static=True)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
 
-    def per_example(
+    def scores(
         loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
     ) -> chex.ArrayTree:
-        del clean, key
-        return fisher.fisher_diagonal(
-            loss_fn,
-            params,
-            batch,
-            num_examples=num_examples,
-            chunk_size=chunk_size,
-            axis_name=axis_name,
-        )
-
-    def probes(
-        loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
-    ) -> chex.ArrayTree:
+        if estimator == "per_example":
+            return fisher.fisher_diagonal(
+                loss_fn,
+                params,
+                batch,
+                num_examples=num_examples,
+                chunk_size=chunk_size,
+                axis_name=axis_name,
+            )
         losses, pullback = clean
         if losses is None or pullback is None:
             # Of several devices every one has to know how many the others have.
@@ -296,4 +290,4 @@ def _estimator(
             losses, pullback, num_examples, num_probes, key, axis_name
         )
 
-    return per_example if estimator == "per_example" else probes
+    return scores

@@ -9,6 +9,7 @@ import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
+from optax_sam._base.checks import refuse
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
@@ -184,9 +185,10 @@ def _floating_dtype(dtype: Any) -> Any:
     except TypeError:
         resolved = None
     if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
-        raise TypeError(
-            "suppress_variance: accumulator_dtype must be a floating-point dtype, got "
-            f"{dtype!r}; pass for example jnp.float32, or None for float32 or wider, "
-            "and name it in static_args under optax.inject_hyperparams."
+        what = "accumulator_dtype must be a floating-point dtype"
+        remedy = (
+            "pass for example jnp.float32, or None for float32 or wider, and name it "
+            "in static_args under optax.inject_hyperparams"
         )
+        refuse("suppress_variance", what, dtype, remedy, TypeError)
     return resolved

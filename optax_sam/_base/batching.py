@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_sam._base.devices import Devices
+from optax_sam._base.hyperparameters import check_integer
 
 
 def count(owner: str, batch: Any) -> int:
@@ -28,6 +29,16 @@ def count(owner: str, batch: Any) -> int:
             f"common, their first; got lengths {sorted(sizes) or 'of no arrays'}."
         )
     return int(sizes.pop())
+
+
+def check_sizes(owner: str, size: Any, at_once: Any) -> tuple[Any, Any]:
+    """Returns the size of micro-batches and how many at once, which may be None."""
+    given = {"micro_batch_size": size, "micro_batches_at_once": at_once}
+    size, at_once = (
+        check_integer(owner, name, value, low=1, static=True, optional=True)
+        for name, value in given.items()
+    )
+    return size, at_once
 
 
 def split(owner: str, batch: Any, size: int, at_once: Any, devices: Devices) -> Any:

@@ -96,9 +96,17 @@ def _checked_schedule(
 
 
 def check_integer(
-    owner: str, name: str, value: Any, low: int | None = None, *, static: bool = False
+    owner: str,
+    name: str,
+    value: Any,
+    low: int | None = None,
+    *,
+    static: bool = False,
+    optional: bool = False,
 ) -> Any:
     """Returns an integer, or refuses it; unless it is static, an array will do."""
+    if optional and value is None:
+        return None
     at_least = "an integer" if low is None else f"an integer >= {low}"
     is_integer = _is_number(value, int, jnp.integer) and not np.shape(value)
     if not is_integer or (static and isinstance(value, jax.Array)):
@@ -149,10 +157,8 @@ def as_key(owner: str, key: Any) -> Any:
             return jax.random.wrap_key_data(array)
         if jnp.issubdtype(array.dtype, jnp.integer) and not array.ndim:
             return jax.random.key(array)
-    raise TypeError(
-        f"{owner}: key must be an integer or one PRNG key, got {key!r}; pass for "
-        "example jax.random.key(0)."
-    )
+    what = "key must be an integer or one PRNG key"
+    refuse(owner, what, key, "pass for example jax.random.key(0)", TypeError)
 
 
 def key_data(key: jax.Array) -> jax.Array:

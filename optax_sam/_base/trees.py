@@ -5,6 +5,7 @@ that sharded leaves stay where they are. A leaf that is `optax.MaskedNode` is
 *absent*: it takes part in nothing and is handed on as it is.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,11 @@ def map_present(
         *rest,
         is_leaf=is_absent,
     )
+
+
+def size(tree: chex.ArrayTree) -> int:
+    """The number of entries."""
+    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
 
 
 def accumulator_dtype(dtype: chex.ArrayDType) -> chex.ArrayDType:

@@ -74,22 +74,14 @@ class Examples:
 
     @classmethod
     def of_step(
-        cls,
-        params: optax.Params,
-        devices: Devices,
-        averaged: bool,
-        extra_args: dict[str, Any],
-        loss_fn: Any,
-        batch: Any,
-        grad_fn: Any,
+        cls, params: optax.Params, arguments: Any, devices: Devices, averaged: bool
     ) -> "Examples":
         """The examples of an update, by what it is called with."""
-        gradient_at = protocol.gradient_function(loss_fn, batch, grad_fn)
-        given = protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
+        gradient_at = protocol.gradient_function(**arguments)
         if not averaged:
-            own = {name: extra_args.get(name) for name in ("value", "grad")}
-            given |= devices.mean(protocol.given(**own))
-        return cls(params, gradient_at, extra_args | given, devices, averaged)
+            own = {name: arguments.get(name) for name in ("value", "grad")}
+            arguments |= devices.mean(protocol.given(**own))
+        return cls(params, gradient_at, arguments, devices, averaged)
 
     def are_one_group(self, size: int | None) -> bool:
         """Whether all of them fit into a group of this size."""
@@ -125,9 +117,10 @@ class Examples:
         """The examples of this device."""
         clean = {"grad": gradient}
         if self.averaged:
-            given = {name: self.arguments.get(name) for name in ("losses", "pullback")}
-            protocol.require(f"{_OWNER}: sync_ascent=False", **given)
-            clean = losses.clean_pass(**given)._asdict()  # type: ignore[arg-type]
+            given, pullback = map(self.arguments.get, ("losses", "pullback"))
+            owner = f"{_OWNER}: sync_ascent=False"
+            protocol.require(owner, losses=given, pullback=pullback)
+            clean = losses.clean_pass(given, pullback)._asdict()  # type: ignore[arg-type]
         self.devices.own("grads", clean["grad"])
         return self._alone(self.arguments | clean, self.gradient_at)
 
@@ -140,7 +133,7 @@ class Examples:
         clean = losses.clean_pass(*losses.of_batch(clean_fn, own_params, batch))
         return self._alone(
             self.arguments | {"batch": batch} | clean._asdict(),
-            protocol.gradient_function(loss_fn, batch, None),
+            protocol.gradient_function(loss_fn, batch),
         )
 
     def _alone(

@@ -66,14 +66,14 @@ def given(batch: Any = MISSING, **others: Any) -> dict[str, Any]:
     return named if batch is MISSING else named | {"batch": batch}
 
 
-def require(owner: str, **arguments: Any) -> None:
+def require(owner: str, or_else: str = "", **arguments: Any) -> None:
     """Refuses to go on without an argument that a method needs."""
     for name, value in arguments.items():
         if value is None or value is MISSING:
             raise ValueError(
                 f"{owner}: {name} is missing; call tx.update(grads, state, params, "
-                "loss_fn=..., batch=...) with loss_fn(params, batch) -> losses [B], or "
-                "let optax_sam.value_and_update make the call."
+                "loss_fn=..., batch=...) with loss_fn(params, batch) -> losses "
+                f"[B]{or_else}, or let optax_sam.value_and_update make the call."
             )
 
 
@@ -125,7 +125,7 @@ def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraAr
 
 
 def gradient_function(
-    loss_fn: Any, batch: Any, grad_fn: Any
+    loss_fn: Any = None, batch: Any = MISSING, grad_fn: Any = None, **others: Any
 ) -> Callable[[optax.Params], optax.Updates]:
     """The function `params -> gradient` that the extra arguments describe.
 
@@ -136,6 +136,7 @@ def gradient_function(
       loss_fn: Per-example or scalar losses of `(params, batch)`, or None.
       batch: The batch for `loss_fn`, or `MISSING`.
       grad_fn: The gradient as a function of params, or None; wins over `loss_fn`.
+      **others: Other arguments of the step, which do not matter.
 
     Returns:
       The gradient of the mean loss as a function of params.
@@ -144,6 +145,7 @@ def gradient_function(
       ValueError: If neither `grad_fn` nor both `loss_fn` and `batch` are given.
       TypeError: If one of them cannot be called as it has to be.
     """
+    del others
     if grad_fn is not None:
         given_fn = checked("grad_fn", grad_fn, "params")
 
@@ -153,14 +155,8 @@ def gradient_function(
             return gradient
 
         return given_gradient
-    for name, missing in (("loss_fn", loss_fn is None), ("batch", batch is MISSING)):
-        if missing:
-            raise ValueError(
-                "sharpness_aware: update needs the gradient at params + epsilon, and "
-                f"{name} is missing; call tx.update(grads, state, params, "
-                "loss_fn=..., batch=...), or pass grad_fn=..., or let "
-                "optax_sam.value_and_update make the call."
-            )
+    or_else = ", or pass grad_fn=..."
+    require("sharpness_aware", or_else, loss_fn=loss_fn, batch=batch)
     loss_fn = checked("loss_fn", loss_fn, "params", "batch")
 
     def mean_gradient(params: optax.Params) -> optax.Updates:

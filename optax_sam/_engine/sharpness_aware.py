@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_sam._base import trees
+from optax_sam._base import batching, trees
 from optax_sam._base.checks import check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
-from optax_sam._base.hyperparameters import check_bool, check_integer
+from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import protocol
 from optax_sam._engine.ascend import Ascended, advance_if, ascend
 from optax_sam._engine.groups import Examples, Group, Passes
@@ -150,12 +150,9 @@ def sharpness_aware(
     """
     base = protocol.as_transformation("base", base)
     ascent = protocol.as_transformation("ascent", ascent)
-    for name, value in (
-        ("micro_batch_size", micro_batch_size),
-        ("micro_batches_at_once", micro_batches_at_once),
-    ):
-        if value is not None:
-            check_integer("sharpness_aware", name, value, low=1, static=True)
+    size, at_once = batching.check_sizes(
+        "sharpness_aware", micro_batch_size, micro_batches_at_once
+    )
     check_bool("sharpness_aware", "sync_ascent", sync_ascent)
     own_axis_name = axis_name
 
@@ -176,12 +173,11 @@ def sharpness_aware(
         axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        _check(updates, state, params, grad_fn, micro_batch_size)
+        _check(updates, state, params, grad_fn, size)
         devices = _devices_of(own_axis_name, axis_name, sync_ascent)
+        extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
         averaged = axis_name is not None
-        examples = Examples.of_step(
-            params, devices, averaged, extra_args, loss_fn, batch, grad_fn
-        )
+        examples = Examples.of_step(params, extra_args, devices, averaged)
 
         def ascend_along(gradient: Any, params: Any, arguments: Any) -> Ascended:
             return ascend(ascent, gradient, state.ascent_state, params, arguments)
@@ -193,16 +189,15 @@ def sharpness_aware(
             gradient = group.gradient_at(trees.displace(group.params, epsilon))
             return Passes(group.gradient, gradient, ascent_state, finite)
 
-        if sync_ascent and examples.are_one_group(micro_batch_size):
+        if sync_ascent and examples.are_one_group(size):
             passes = two_passes(examples.all(updates))
         else:
             # Each group starts from the state before the step; then that advances once.
-            examples = examples.sharing_scores(micro_batch_size)
-            passes = examples.each_alone(
-                two_passes, updates, micro_batch_size, micro_batches_at_once
+            examples = examples.sharing_scores(size)
+            passes = examples.each_alone(two_passes, updates, size, at_once)
+            advanced = ascend_along(
+                passes.clean_gradient, params, examples.shared_arguments
             )
-            arguments = examples.shared_arguments
-            advanced = ascend_along(passes.clean_gradient, params, arguments)
             passes = passes._replace(ascent_state=advanced.state)
         ascent_state = advance_if(
             passes.finite, passes.ascent_state, state.ascent_state
@@ -231,7 +226,7 @@ class SharpnessAwareState(NamedTuple):
 
 
 def _check(
-    gradient: Any, state: Any, params: Any, grad_fn: Any, micro_batch_size: int | None
+    gradient: Any, state: Any, params: Any, grad_fn: Any, size: int | None
 ) -> None:
     """Refuses what update cannot be called with."""
     check_parameters(params)
@@ -242,7 +237,7 @@ def _check(
             f"{type(state).__name__}; start from tx.init(params) of this very "
             "transformation."
         )
-    if micro_batch_size is not None and grad_fn is not None:
+    if size is not None and grad_fn is not None:
         raise ValueError(
             "sharpness_aware: with micro_batch_size each micro-batch has a gradient of "
             "its own, which grad_fn(params) cannot give; pass loss_fn and batch in its "

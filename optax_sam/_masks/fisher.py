@@ -89,7 +89,9 @@ def fisher_diagonal(
         of_examples = jax.vmap(squares)(*chunk)
         return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, of_examples)
 
-    total = jax.tree.map(_zeros, params)
+    total = jax.tree.map(
+        lambda p: jnp.zeros_like(p, trees.accumulator_dtype(jnp.result_type(p))), params
+    )
     chunks, rest = batching.chunks((examples, counts), chunk_size)
     if chunks is not None:
         total, _ = jax.lax.scan(
@@ -162,7 +164,3 @@ def _counted(devices: Devices, size: int, num_examples: Any) -> tuple[int, jax.A
     total = size * devices.size()
     n = total if num_examples is None else min(num_examples, total)
     return n, devices.part(jnp.arange(total) < n)
-
-
-def _zeros(p: Any) -> Any:
-    return jnp.zeros_like(p, dtype=trees.accumulator_dtype(jnp.result_type(p)))

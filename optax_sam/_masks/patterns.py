@@ -4,7 +4,6 @@ A pattern keeps the entries of large score. Masks have the shapes of the scores,
 absent leaf (`optax.MaskedNode`) stays absent.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_sam._base import trees
-from optax_sam._base.hyperparameters import check_integer
+from optax_sam._base.checks import refuse
+from optax_sam._base.hyperparameters import check_choice, check_integer
 from optax_sam._masks import top_k
 
 Pattern: TypeAlias = Callable[[chex.ArrayTree], chex.ArrayTree]
@@ -96,11 +96,7 @@ def structured(sparsity: float, unit: str = "layer") -> Pattern:
       Minimization Optimizer <https://arxiv.org/abs/2306.17504>`_, 2023
     """
     sparsity = check_sparsity("structured", sparsity)
-    if unit not in ("layer", "filter"):
-        raise ValueError(
-            f"structured: unit = {unit!r} is unknown; pass 'layer' for whole tensors "
-            "or 'filter' for the weights of an output feature."
-        )
+    check_choice("structured", "unit", unit, ("layer", "filter"))
 
     def mean(x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim - 1 if unit == "filter" else x.ndim))
@@ -196,12 +192,13 @@ def _keep_in_groups(x: jax.Array, n: int, m: int, axis: int) -> jax.Array:
 def check_sparsity(owner: str, sparsity: Any) -> float:
     """Returns a sparsity that is a number in [0, 1], or refuses it."""
     if not isinstance(sparsity, int | float | np.number) or isinstance(sparsity, bool):
-        raise TypeError(
-            f"{owner}: sparsity must be a Python number, got {sparsity!r} of type "
-            f"{type(sparsity).__name__}; it fixes how many entries are kept, so it can "
-            "be neither traced nor scheduled. Under optax.inject_hyperparams name it, "
-            "or the pattern, in static_args."
+        remedy = (
+            "it fixes how many entries are kept, so it can be neither traced nor "
+            "scheduled. Under optax.inject_hyperparams name it, or the pattern, in "
+            "static_args"
         )
+        what = "sparsity must be a Python number"
+        refuse(owner, what, sparsity, remedy, TypeError)
     number = float(sparsity)
     if not 0 <= number <= 1:  # Fails for NaN.
         raise ValueError(
@@ -213,8 +210,7 @@ def check_sparsity(owner: str, sparsity: Any) -> float:
 
 def num_kept(tree: chex.ArrayTree, sparsity: float) -> int:
     """How many entries of a tree are kept."""
-    total = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
-    return int(total * (1 - sparsity))
+    return int(trees.size(tree) * (1 - sparsity))
 
 
 def _checked(owner: str, scores: chex.ArrayTree) -> chex.ArrayTree:

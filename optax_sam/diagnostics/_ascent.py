@@ -295,7 +295,7 @@ def _density(params: optax.Params, before: optax.OptState, step: Ascent) -> Any:
         is_leaf=trees.is_absent,
     )
     shares = jnp.sum(trees.stack(marks))
-    return shares / _vector.size(params)
+    return shares / trees.size(params)
 
 
 def _share(epsilon: Any, p: Any, masks: tuple[jax.Array, ...]) -> jax.Array:

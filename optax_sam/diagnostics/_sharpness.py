@@ -1,5 +1,6 @@
 """Sharpness: how much the loss rises around the parameters, at worst and on average."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,13 +119,10 @@ def worst_case_sharpness(
     ascend = _ascent(losses, displace, params, steps, step_size, seed)
     if micro_batch_size is None:
         return ascend(())
-    size, at_once = micro_batch_size, micro_batches_at_once
-    micro_batches = _micro_batches(owner, batch, size, at_once)
-    return jnp.mean(
-        _loop.over_loops(
-            lambda round_: batching.side_by_side(ascend, round_), micro_batches
-        )
-    )
+    size, at_once = batching.check_sizes(owner, micro_batch_size, micro_batches_at_once)
+    micro_batches = batching.split(owner, batch, size, at_once, Devices())
+    over_round = functools.partial(batching.side_by_side, ascend)
+    return jnp.mean(_loop.over_loops(over_round, micro_batches))
 
 
 def average_sharpness(
@@ -297,12 +295,3 @@ def _ascent(
         )
 
     return ascend
-
-
-def _micro_batches(owner: str, batch: Any, size: Any, at_once: Any) -> Any:
-    """The batch as micro-batches `[rounds, at_once, size, ...]`."""
-    size = check_integer(owner, "micro_batch_size", size, low=1, static=True)
-    if at_once is not None:
-        name = "micro_batches_at_once"
-        at_once = check_integer(owner, name, at_once, low=1, static=True)
-    return batching.split(owner, batch, size, at_once, Devices())

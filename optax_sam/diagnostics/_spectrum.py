@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._base import trees
 from optax_sam._base.hyperparameters import as_key, check_integer, check_number
 from optax_sam.diagnostics import _lanczos, _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn, hessian
@@ -100,11 +101,11 @@ def top_eigenvalues(
     owner = "top_eigenvalues"
     count = check_integer(owner, "count", count, low=1, static=True)
     iterations = check_integer(owner, "iterations", iterations, low=1, static=True)
-    most = min(iterations, _vector.size(params))
+    most = min(iterations, trees.size(params))
     if count > most:
         raise ValueError(
             f"{owner}: count = {count} is more than the {most} eigenvalues that "
-            f"{iterations} iterations find for {_vector.size(params)} parameters; ask "
+            f"{iterations} iterations find for {trees.size(params)} parameters; ask "
             "for fewer, or raise iterations."
         )
     seed = as_key(owner, key)
@@ -179,7 +180,7 @@ def spectral_density(
     iterations = check_integer(owner, "iterations", iterations, low=1, static=True)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
     seed = as_key(owner, key)
-    m = min(iterations, _vector.size(params))
+    m = min(iterations, trees.size(params))
     if not m:
         raise ValueError(
             f"{owner}: a Hessian of no parameters has no spectrum, got {params!r}; "

@@ -4,7 +4,6 @@ Leaf by leaf, in float32 or wider whatever the dtype of the parameters. A leaf t
 `optax.MaskedNode` counts as zeros.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,6 @@ from optax_sam._base import trees
 from optax_sam._base.checks import check_parameters, checked
 from optax_sam._base.devices import place
 from optax_sam._base.losses import check_losses
-
-
-def size(tree: chex.ArrayTree) -> int:
-    """The number of entries."""
-    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
 
 
 def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
