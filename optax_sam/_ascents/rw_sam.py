@@ -5,11 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
-from optax_sam._base import trees
+from optax_sam._base import random, trees
 from optax_sam._base.checks import checked
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
@@ -286,11 +285,10 @@ def _slopes(
         derivative = jax.linearize(losses_of, x)[1]
 
     def slopes_along_signs(probe: jax.Array | int) -> Any:
-        probe_key = jax.random.fold_in(key, probe)
-        # A key per position: leaves that are absent change no other's signs.
-        keys = [jax.random.fold_in(probe_key, i) for i in probed]
-        signs = vary_like(jax.tree.map(_signs, keys, x), x)
-        return derivative(signs).astype(wide)
+        # Words for all leaves: those that are absent change no other's signs.
+        words = random.words(jax.random.fold_in(key, probe), len(leaves))
+        signs = [_signs(words[i], like) for i, like in zip(probed, x, strict=True)]
+        return derivative(vary_like(signs, x)).astype(wide)
 
     if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
         return jnp.expand_dims(slopes_along_signs(0), 0)
@@ -333,16 +331,10 @@ def _gibbs(
     return jnp.where(is_sam, uniform, weights / total), largest * relative_mean
 
 
-def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Random signs of the shape and dtype of a leaf, out of one random bit each."""
-    shape = like.shape or (1,)
-    axis = int(np.argmax(shape))
-    # Neighbours along the longest axis share a word; unpacking fuses with the use.
-    words = (*shape[:axis], -(-shape[axis] // 32), *shape[axis + 1 :])
-    bits = jnp.repeat(jax.random.bits(key, words, jnp.uint32), 32, axis)
-    bits = jax.lax.slice_in_dim(bits, 0, shape[axis], axis=axis)
-    bits >>= jax.lax.broadcasted_iota(jnp.uint32, shape, axis) % 32
-    return jnp.where(bits & 1 == 1, 1, -1).astype(like.dtype).reshape(like.shape)
+def _signs(words: jax.Array, like: jax.Array) -> jax.Array:
+    """Random signs of the shape and dtype of a leaf."""
+    positive = random.bits(words, like.shape) >> 31 == 1
+    return jnp.where(positive, 1, -1).astype(like.dtype)
 
 
 def _float32(x: jax.Array) -> jax.Array:

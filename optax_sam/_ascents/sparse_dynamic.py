@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
-from optax_sam._base import trees
+from optax_sam._base import random, trees
 from optax_sam._base.devices import place_like
 from optax_sam._base.hyperparameters import (
     ScalarOrSchedule,
@@ -286,14 +286,15 @@ def _ranks(updates: optax.Updates) -> chex.ArrayTree:
 
 def _random_ranks(key: jax.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
     leaves, structure = jax.tree.flatten(tree, is_leaf=trees.is_absent)
+    words = random.words(key, len(leaves))
 
     def draw(i: int, leaf: Any) -> Any:
         if trees.is_absent(leaf):
             return leaf
         # All above 0; far more values than a random float has, hence few ties. On a
         # mesh of explicit axes they are placed as the leaf is.
-        bits = jax.random.bits(jax.random.fold_in(key, i), jnp.shape(leaf), jnp.uint32)
-        return bits | jnp.ones_like(leaf, dtype=jnp.uint32)
+        drawn = random.bits(words[i], jnp.shape(leaf))
+        return drawn | jnp.ones_like(leaf, dtype=jnp.uint32)
 
     return jax.tree.unflatten(structure, [draw(i, x) for i, x in enumerate(leaves)])
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from optax_sam._base import random
 from optax_sam._base.devices import place
 from optax_sam.diagnostics import _loop, _vector
 
@@ -139,25 +139,12 @@ def _project(vector: chex.ArrayTree, basis: chex.ArrayTree) -> Any:
 def _new_direction(i: jax.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
     """A vector that is orthogonal to the basis, another one for every `i`."""
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda q: q[0], basis))
-    seeds = i.astype(jnp.uint32) * len(leaves) + jnp.arange(len(leaves), dtype="uint32")
-    hashed = [place(_hash(x, seeds[k]), x) for k, x in enumerate(leaves)]
-    start = _vector.unit(jax.tree.unflatten(structure, hashed))
+
+    def draw(number: int, like: jax.Array) -> jax.Array:
+        words = jnp.stack([i.astype(jnp.uint32), jnp.uint32(number)])
+        signed = random.bits(words, like.shape).astype(like.dtype) / 2.0**31 - 1
+        return place(signed, like)
+
+    drawn = [draw(number, x) for number, x in enumerate(leaves)]
+    start = _vector.unit(jax.tree.unflatten(structure, drawn))
     return _vector.unit(_orthogonalise(start, basis)[0])
-
-
-def _hash(like: jax.Array, seed: jax.Array) -> jax.Array:
-    """Numbers in [-1, 1] without order, which is all that is asked of them here.
-
-    This is compiled into every Lanczos process and hardly ever runs: drawing them with
-    `jax.random` takes as long to compile as the product with a Hessian.
-    """
-    h, stride = jnp.full(like.shape, seed * np.uint32(0x9E3779B9)), 1
-    for axis in reversed(range(like.ndim)):
-        position = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-        h += position * np.uint32(stride % 2**32)
-        stride *= like.shape[axis]
-    # The last steps of MurmurHash3.
-    for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
-        h = (h ^ (h >> 16)) * np.uint32(factor)
-        h ^= h >> shift
-    return h.astype(like.dtype) / 2.0**31 - 1

@@ -12,6 +12,7 @@ from methods import DTYPES, cover
 import optax_sam
 from optax_sam import reweight_by_sharpness
 from optax_sam._ascents import rw_sam as rw_sam_module
+from optax_sam._base import random
 
 ESTIMATORS = ["finite_difference", "jvp"]
 
@@ -293,10 +294,10 @@ def test_draws_depend_on_key_and_count_only():
 
 
 def test_signs_are_fair_and_independent():
-    draws, shape = 4000, (3, 70)  # More than two words of 32 bits.
+    draws, shape = 4000, (3, 70)
     like = jnp.zeros(shape, jnp.bfloat16)
-    keys = jax.random.split(jax.random.key(0), draws)
-    z = jax.jit(jax.vmap(lambda key: rw_sam_module._signs(key, like)))(keys)
+    words = random.words(jax.random.key(0), draws)
+    z = jax.jit(jax.vmap(lambda pair: rw_sam_module._signs(pair, like)))(words)
     assert z.dtype == jnp.bfloat16
     z = np.asarray(z, np.float32).reshape(draws, -1)
     assert set(np.unique(z)) == {-1.0, 1.0}
@@ -308,7 +309,7 @@ def test_signs_are_fair_and_independent():
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (31, 2), (2, 32), (1, 33)])
 def test_signs_of_any_shape(shape):
-    z = rw_sam_module._signs(jax.random.key(0), jnp.zeros(shape))
+    z = rw_sam_module._signs(random.words(jax.random.key(0), 1)[0], jnp.zeros(shape))
     assert z.shape == shape
     assert np.all(np.abs(z) == 1)
 

@@ -100,7 +100,7 @@ def test_squared_slope_over_all_signs_is_the_squared_norm(monkeypatch):
     signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=DIMENSION)))
 
     def with_signs(z):
-        monkeypatch.setattr(rw_sam, "_signs", lambda key, like: z)
+        monkeypatch.setattr(rw_sam, "_signs", lambda words, like: z)
         return slopes(problem)[0]
 
     s = np.asarray(jax.vmap(with_signs)(signs), np.float64)

@@ -1,0 +1,35 @@
+"""Random numbers of a whole tree, by a hash of where each entry is.
+
+They fuse with what reads them, are made where a sharded leaf has its entries, and
+depend on no sharding. `jax.random` for every leaf would take longer to compile than
+the two passes of a step on a small network.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def words(key: jax.Array, num: int) -> jax.Array:
+    """The random words `[num, 2]`, uint32, that the bits of so many leaves hang on."""
+    return jax.random.bits(key, (num, 2), jnp.uint32)
+
+
+def bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random bits for every entry of a leaf, uint32, from two words `[2]`.
+
+    No two of 2**32 entries have the same: for given words this is a permutation.
+    """
+    position, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        position += along * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return _mixed(_mixed(position ^ words[0]) + words[1])
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+    """The last steps of MurmurHash3, after which every bit hangs on every bit."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * np.uint32(factor)
+    return h ^ (h >> 16)
