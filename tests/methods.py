@@ -103,25 +103,28 @@ def defaults(names, chosen):
     ]
 
 
-def cover(**axes):
+def cover(default=None, **axes):
     """Parametrizes a test by a product, of which a fixed part is in the default tier.
 
-    That part is where the positions along the axes add up to a multiple of the length
-    of the shortest: every value at least once and, of three axes or more, every pair.
-    An axis is a list, or a dictionary from names to values.
+    An axis is a list, or a dictionary from names to values. The part is given by its
+    names, `"a-b"`, or is where the positions along the axes add up to a multiple of the
+    length of the shortest: every value at least once and, of three axes or more, every
+    pair.
     """
     shortest = min(map(len, axes.values()))
-    rows = []
+    rows = {}
     for row in itertools.product(*(enumerate(axis) for axis in axes.values())):
         positions, names = zip(*row, strict=True)
+        name = "-".join(getattr(x, "__name__", str(x)) for x in names)
+        covered = sum(positions) % shortest == 0 if default is None else name in default
         values = [
             axis[name] if isinstance(axis, Mapping) else name
             for axis, name in zip(axes.values(), names, strict=True)
         ]
-        marks = () if sum(positions) % shortest == 0 else pytest.mark.full
-        name = "-".join(getattr(x, "__name__", str(x)) for x in names)
-        rows.append(pytest.param(*values, marks=marks, id=name))
-    return pytest.mark.parametrize(tuple(axes), rows)
+        marks = () if covered else pytest.mark.full
+        rows[name] = pytest.param(*values, marks=marks, id=name)
+    assert rows.keys() >= set(default or ()), f"{default} are not all of {rows.keys()}"
+    return pytest.mark.parametrize(tuple(axes), list(rows.values()))
 
 
 def pairs():

@@ -26,7 +26,7 @@ from meshes import (
     over_devices,
     train,
 )
-from methods import cover
+from methods import cover, defaults
 
 import optax_sam
 
@@ -36,20 +36,28 @@ def assert_trains_like(expected, tx, *, check_vma=True):
     problems.assert_trees_close(train(step, tx), expected, rtol=2e-5, atol=2e-5)
 
 
-@cover(ascent=ASCENTS.keys(), check_vma=[True, False])
+@cover(
+    ascent=ASCENTS.keys(),
+    check_vma=[True, False],
+    default=("sam-True", "vasso-False", "fisher-False", "reweighted-True"),
+)
 def test_synchronised_ascents_are_those_of_one_device(ascent, check_vma):
     tx = optax_sam.sharpness_aware(base(), ASCENTS[ascent])
     assert_trains_like(on_one_device(ascent), tx, check_vma=check_vma)
 
 
-@cover(ascent=ASCENTS.keys(), check_vma=[True, False])
+@cover(
+    ascent=ASCENTS.keys(),
+    check_vma=[True, False],
+    default=("sam-False", "vasso-True", "fisher by probes-True"),
+)
 def test_without_synchronisation_devices_are_micro_batches(ascent, check_vma):
     tx = optax_sam.sharpness_aware(base(), ASCENTS[ascent], sync_ascent=False)
     expected = on_one_device(ascent, BATCH // DEVICES)
     assert_trains_like(expected, tx, check_vma=check_vma)
 
 
-@pytest.mark.parametrize("size", [2, BATCH // DEVICES, BATCH])
+@pytest.mark.parametrize("size", defaults([2, BATCH // DEVICES, BATCH], [2]))
 def test_micro_batches_of_a_part_of_a_device_of_one_and_of_all(size):
     tx = optax_sam.sharpness_aware(base(), ASCENTS["vasso"], micro_batch_size=size)
     assert_trains_like(on_one_device("vasso", size), tx)
@@ -68,6 +76,7 @@ def test_micro_batches_do_not_span_devices():
         "needs value": optax_sam.sam(optax.contrib.momo(0.05), 0.1),
     },
     check_vma=[True, False],
+    default=("sgd-True", "needs value-False"),
 )
 def test_every_optimizer_gets_means_over_devices(tx, check_vma):
     expected = train(make_step(tx), tx, steps=5)
@@ -163,9 +172,8 @@ def test_one_bad_device_keeps_all_from_ascending(sync):
     assert after.base_state.notfinite_count == 1
 
 
-@pytest.mark.parametrize(
-    "check_vma", [True, pytest.param(False, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@checks
 def test_collectives(check_vma):
     """Two reductions of gradients, one where devices ascend alone, and no others."""
 

@@ -52,7 +52,17 @@ def on_devices(tx, layout):
     return inputs, jax.jit(step).lower(*inputs).compile()
 
 
-@cover(method=METHODS, layout=LAYOUTS)
+@cover(
+    method=METHODS,
+    layout=LAYOUTS,
+    default=(
+        "sam-data_parallel",
+        "vasso-fully_sharded",
+        "sparse-data_parallel",
+        "reweighted-fully_sharded",
+        "micro-batches-data_parallel",
+    ),
+)
 def test_twenty_steps_on_many_devices_are_those_on_one(method, layout):
     tx = method(optax.sgd(0.1, momentum=0.9))
     (params, state, batch), step = on_devices(tx, layout)
@@ -117,6 +127,7 @@ def test_compiled_state_is_placed_like_the_parameters(method, layout):
 @cover(
     layout=LAYOUTS,
     sizes=[(2, 1), (2, DEVICES), (8, 1), (8, None), (32, 1), (32, None)],
+    default=("data_parallel-(2, 8)", "fully_sharded-(32, None)"),
 )
 def test_micro_batches_do_not_depend_on_the_devices(sizes, layout):
     """Smaller than the part of a device, that part, and spread over four devices."""
@@ -149,7 +160,9 @@ def test_a_micro_batch_on_each_device_halves_the_traffic():
             assert reduced(tx) == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("method", ["vasso", "dynamic sparse", "reweighted"])
+@pytest.mark.parametrize(
+    "method", defaults(["vasso", "dynamic sparse", "reweighted"], ["vasso"])
+)
 def test_state_and_masks_cause_no_traffic(method):
     def arrays(method):
         tx = METHODS[method](optax.sgd(0.1))
@@ -160,6 +173,7 @@ def test_state_and_masks_cause_no_traffic(method):
     assert arrays(method) == arrays("sam")
 
 
+@pytest.mark.full
 def test_fully_sharded_state_and_masks_are_not_gathered():
     """Models gather their parameters for a pass; counts gather one number a device."""
 
@@ -202,8 +216,6 @@ EXPLICIT["fisher by probes"] = functools.partial(fisher, estimator="probes")
 DEFAULT = (
     "vasso",
     "micro-batches of 2, 1 at once",
-    "micro-batches of 32, None at once",
-    "fisher of 20 by 8",
     "fisher by probes",
 )
 

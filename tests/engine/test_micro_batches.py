@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from methods import HALF, cover
+from methods import HALF, cover, defaults
 
 import optax_sam
 
@@ -71,7 +71,11 @@ def mean_of_micro_batches(made, params, batch, state=None):
 
 
 @pytest.mark.usefixtures("x64")
-@cover(name=ASCENTS.keys(), at_once=[1, None, 2])
+@cover(
+    name=ASCENTS.keys(),
+    at_once=[1, None, 2],
+    default=("sam-2", "vasso-None", "fisher-1"),
+)
 def test_base_descends_along_the_mean_of_what_micro_batches_ascend_to(name, at_once):
     params, _, (x, labels) = perceptron()
     plain, micro = make_step(name), make_step(name, SIZE, at_once)
@@ -89,7 +93,7 @@ def test_base_descends_along_the_mean_of_what_micro_batches_ascend_to(name, at_o
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("at_once", [1, None])
+@pytest.mark.parametrize("at_once", defaults([1, None], [1]))
 def test_micro_batches_share_the_mask_of_the_whole_batch(at_once):
     """In the very step that makes it."""
     params, _, batch = perceptron()
@@ -102,7 +106,7 @@ def test_micro_batches_share_the_mask_of_the_whole_batch(at_once):
     problems.assert_trees_close(updates, mean, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["sam", "vasso", "fisher"])
+@pytest.mark.parametrize("name", defaults(["sam", "vasso", "fisher"], ["sam"]))
 def test_one_micro_batch_is_the_whole_batch_bit_for_bit(name):
     params, _, batch = perceptron(jnp.float32)
     state, expected = None, None
@@ -137,7 +141,9 @@ def test_means_are_taken_in_float32(dtype, at_once):
 
 
 @cover(
-    name=["sam", "vasso", "rw_sam", "fisher"], bad_at_once=[(np.inf, 1), (np.nan, None)]
+    name=["sam", "vasso", "rw_sam", "fisher"],
+    bad_at_once=[(np.inf, 1), (np.nan, None)],
+    default=("sam-(nan, None)", "vasso-(inf, 1)"),
 )
 def test_a_bad_micro_batch_leaves_the_state_as_it_was(name, bad_at_once):
     bad, at_once = bad_at_once
@@ -202,6 +208,7 @@ def test_micro_batches_ascend_by_the_loss_of_the_ascent():
     problems.assert_trees_close(updates, mean, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full
 def test_ascents_are_told_of_their_own_clean_pass():
     params, _, batch = perceptron(jnp.float32)
     seen = []
