@@ -27,10 +27,13 @@ if importlib.util.find_spec("flax") is None:
 def pytest_configure(config):
     """Keeps compiled programs: many tests, and all that run again, share theirs."""
     if hasattr(config, "cache") and jax.config.jax_compilation_cache_dir is None:
-        directory = config.cache.mkdir("compiled")
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        for name, value in {
+            "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)  # For processes that tests start.
 
 
 @pytest.fixture

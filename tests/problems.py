@@ -68,8 +68,13 @@ def replaced(x: Any, index: Any, value: Any) -> np.ndarray:
     return x
 
 
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _mean_loss(loss_fn, params, batch):
+    return jnp.mean(loss_fn(params, batch))
+
+
 def mean_loss(problem: Problem) -> Callable[[Any], jax.Array]:
-    return lambda params: jnp.mean(problem.loss_fn(params, problem.batch))
+    return lambda params: _mean_loss(problem.loss_fn, params, problem.batch)
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")

@@ -91,7 +91,7 @@ def test_trains_in_half_precision(method, dtype):
 
 
 @pytest.mark.usefixtures("x64")
-@every_method
+@cover(method=METHODS, default=("sam", "vasso", "sparse", "reweighted"))
 def test_x64(method):
     problem = problems.perceptron(jnp.float64)
     params = problem.params | {"w0": problem.params["w0"].astype(jnp.float32)}
@@ -158,7 +158,7 @@ def test_init_works_abstractly_and_with_tree_map_params(method):
     assert structure_of(jax.jit(tx.init)(params)) == structure_of(tx.init(params))
 
 
-@every_method
+@cover(method=METHODS, default=("sam", "asam", "vasso", "reweighted", "micro-batches"))
 def test_inject_hyperparams_around_an_alias(method):
     problem, base = problems.perceptron(), optax.sgd(0.1)
     values = {**method.hyperparameters, **method.static, **method.injected}
@@ -176,7 +176,7 @@ def test_inject_hyperparams_around_an_alias(method):
     problems.assert_trees_close(scheduled, plain, rtol=1e-5, atol=1e-6)
 
 
-@every_method
+@cover(method=METHODS, default=("sam", "reweighted"))
 def test_inject_hyperparams_inside(method):
     problem = problems.perceptron()
     tx = method(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
@@ -186,7 +186,7 @@ def test_inject_hyperparams_inside(method):
     assert optax.tree.get(opt_state, "learning_rate") == np.float32(0.1)
 
 
-@every_method
+@cover(method=METHODS, default=("sam", "asam", "vasso"))
 def test_chain_around_changes_the_ascent_only(method):
     """Scaling before a method whose ascent has no scale does nothing at all."""
     problem = problems.perceptron()
@@ -196,7 +196,7 @@ def test_chain_around_changes_the_ascent_only(method):
     problems.assert_trees_close(scaled, plain, rtol=1e-5, atol=1e-6)
 
 
-@every_method
+@cover(method=METHODS, default=("sam", "vasso", "micro-batches"))
 def test_multi_steps_inside_takes_a_step_every_k_batches(method):
     """One ascent per micro-batch, one descent along the mean of their gradients."""
     problem = problems.perceptron()

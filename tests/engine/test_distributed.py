@@ -169,8 +169,9 @@ def test_state_and_masks_cause_no_traffic(method):
         _, step = on_devices(tx, data_parallel)
         return [(kind, size) for kind, size in collectives(step) if size > DEVICES]
 
-    assert len(arrays("sam")) == 2
-    assert arrays(method) == arrays("sam")
+    of_sam = arrays("sam")
+    assert len(of_sam) == 2
+    assert arrays(method) == of_sam
 
 
 @pytest.mark.full
@@ -213,11 +214,7 @@ for num_examples, chunk_size in ((BATCH, 4), (24, 8), (20, 8), (24, 5)):
 EXPLICIT["fisher by probes"] = functools.partial(fisher, estimator="probes")
 
 
-DEFAULT = (
-    "vasso",
-    "micro-batches of 2, 1 at once",
-    "fisher by probes",
-)
+DEFAULT = ("vasso", "micro-batches of 2, 1 at once", "fisher by probes")
 
 
 @pytest.mark.parametrize("method", defaults(EXPLICIT, DEFAULT))
