@@ -161,8 +161,9 @@ def test_init_works_abstractly_and_with_tree_map_params(method):
 @cover(method=METHODS, default=("sam", "asam", "vasso", "reweighted", "micro-batches"))
 def test_inject_hyperparams_around_an_alias(method):
     problem, base = problems.perceptron(), optax.sgd(0.1)
-    values = {**method.hyperparameters, **method.static, **method.injected}
+    values = {**method.hyperparameters, **method.injected}
     scalars = {name: x for name, x in values.items() if isinstance(x, float)}
+    values = {**method.static, **values}
     # Whatever else has a default would be traced, and dtypes and patterns refused.
     static = set(inspect.signature(method.alias).parameters) - {"base", *scalars}
     injected_alias = optax.inject_hyperparams(method.alias, static_args=tuple(static))

@@ -9,6 +9,7 @@ import problems
 import pytest
 from hessians import SPECTRA, D, loss_fn, problem
 from jax.flatten_util import ravel_pytree
+from methods import defaults
 
 from optax_sam import diagnostics
 
@@ -83,6 +84,7 @@ def test_residuals_before_convergence(x64):
     assert np.all(distances.min(axis=1) <= found.residuals)
 
 
+@pytest.mark.full
 def test_hessian_of_a_network():
     network = problems.perceptron(sizes=(4, 5, 3))
     w, unravel = ravel_pytree(network.params)
@@ -191,7 +193,7 @@ def test_smooth_density():
         diagnostics.smooth_density(line, 0.0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", defaults([jnp.float16, jnp.bfloat16], [jnp.bfloat16]))
 def test_half_precision(dtype):
     h = np.float32([3.0, -2.0, 1.0, 0.0, 0.5, 2.0, 1.0, 1.0])
     params = np.ones(8, dtype)

@@ -11,7 +11,7 @@ import problems
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import DEVICES, PROBLEM, REPLICATED, SPLIT, collectives, fully_sharded, mesh
-from methods import cover
+from methods import cover, defaults
 
 import optax_sam
 from optax_sam import diagnostics
@@ -71,7 +71,10 @@ def of_examples(loss_fn, params, batch):
     }
 
 
-@pytest.mark.parametrize("measures", [curvature, sharpness, of_ascents, of_examples])
+@pytest.mark.parametrize(
+    "measures",
+    defaults([curvature, sharpness, of_ascents, of_examples], [of_ascents]),
+)
 def test_results_are_those_of_one_device(measures):
     """Of a network, with everything sharded that can be: random numbers are the same.
 
@@ -109,6 +112,7 @@ def on_one_device(measures, shape):
 @cover(
     kind={"Auto": AxisType.Auto, "Explicit": AxisType.Explicit},
     measures=[curvature, sharpness, of_ascents],
+    default=("Auto-curvature", "Explicit-of_ascents"),
 )
 def test_no_parameter_is_gathered(measures, kind):
     """Devices tell each other numbers only; of directions, how long filters are."""
@@ -126,6 +130,7 @@ def test_no_parameter_is_gathered(measures, kind):
             assert x.addressable_shards[0].data.shape[-2:] == (8, 24)
 
 
+@pytest.mark.full
 def test_examples_on_a_mesh_of_explicit_axes():
     """Parameters are everywhere: one axis cannot go along examples and entries."""
     over = mesh(AxisType.Explicit)

@@ -9,6 +9,7 @@ import problems
 import pytest
 from hessians import SPECTRA, D, loss_fn, problem
 from jax.flatten_util import ravel_pytree
+from methods import defaults
 
 import optax_sam
 from optax_sam import diagnostics
@@ -77,7 +78,7 @@ def test_adaptive_worst_case_is_that_in_scaled_parameters(x64):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", defaults([False, True], [True]))
 def test_one_step_is_that_of_the_ascent(x64, adaptive):
     (params, batch), _ = problem(SPECTRA["negative"])
     make = optax_sam.adapt_to_scale if adaptive else optax_sam.scale_to_radius
@@ -122,26 +123,27 @@ def test_a_random_start_leaves_a_stationary_point(x64):
     assert measure(w, key=0) > 0.09
 
 
-def test_m_sharpness_is_the_mean_of_that_of_micro_batches():
-    measure = partial(
-        diagnostics.worst_case_sharpness,
-        NETWORK.loss_fn,
-        NETWORK.params,
-        rho=0.3,
-        steps=4,
-    )
-    alone = jax.jit(measure)
+m_sharpness = partial(
+    diagnostics.worst_case_sharpness, NETWORK.loss_fn, NETWORK.params, rho=0.3, steps=4
+)
+
+
+@pytest.mark.parametrize("at_once", defaults([1, 2, None], [2]))
+def test_m_sharpness_is_the_mean_of_that_of_micro_batches(at_once):
+    alone = jax.jit(m_sharpness)
     parts = [
         jax.tree.map(lambda x, i=i: x[i : i + 4], NETWORK.batch)
         for i in range(0, 16, 4)
     ]
     expected = np.mean([float(alone(part)) for part in parts])
-    for at_once in (1, 2, None):
-        found = jax.jit(
-            partial(measure, micro_batch_size=4, micro_batches_at_once=at_once)
-        )(NETWORK.batch)
-        assert found == pytest.approx(expected, rel=1e-5)
+    found = jax.jit(
+        partial(m_sharpness, micro_batch_size=4, micro_batches_at_once=at_once)
+    )(NETWORK.batch)
+    assert found == pytest.approx(expected, rel=1e-5)
     assert expected > float(alone(NETWORK.batch))
+
+
+def test_arguments_that_are_refused():
     for arguments, message in [
         ({"micro_batch_size": 5}, "5 does not divide the 16 examples"),
         ({"micro_batch_size": 4, "micro_batches_at_once": 3}, "3 does not divide the"),
@@ -150,11 +152,12 @@ def test_m_sharpness_is_the_mean_of_that_of_micro_batches():
         ({"steps": 0}, "steps = 0 is out of range"),
     ]:
         with pytest.raises(ValueError, match=message):
-            measure(NETWORK.batch, **arguments)
+            m_sharpness(NETWORK.batch, **arguments)
     with pytest.raises(TypeError, match="rho must be a real scalar, got <func"):
-        measure(NETWORK.batch, rho=lambda count: 0.1)
+        m_sharpness(NETWORK.batch, rho=lambda count: 0.1)
 
 
+@pytest.mark.full
 def test_a_sweep_of_radii_by_vmap(x64):
     (params, batch), _ = problem(SPECTRA["distinct"])
     radii = jnp.asarray([0.0, 0.1, 1.0])
@@ -163,7 +166,7 @@ def test_a_sweep_of_radii_by_vmap(x64):
     np.testing.assert_allclose(swept, single, rtol=1e-9)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", defaults([False, True], [True]))
 def test_average_sharpness_of_a_quadratic(x64, adaptive):
     (params, batch), H = problem(SPECTRA["negative"] + 3)
     found = jax.jit(
@@ -200,7 +203,7 @@ def steep(w, _):
     return jnp.sum(w) * 2000
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", defaults([jnp.float16, jnp.bfloat16], [jnp.bfloat16]))
 def test_half_precision(dtype):
     w, h = jnp.asarray([1.0, -0.5, 2.0]), jnp.asarray([1.0, 4.0, 2.0])
 
@@ -226,7 +229,7 @@ def test_half_precision(dtype):
     assert abs(average.mean - 7 / 6) < 4 * average.standard_error + 0.01
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 99])
+@pytest.mark.parametrize("chunk_size", defaults([1, 5, 99], [5]))
 def test_trace_of_the_gradient_covariance(chunk_size):
     rows = jax.jit(jax.jacobian(NETWORK.loss_fn))(NETWORK.params, NETWORK.batch)
     rows = np.concatenate([g.reshape(16, -1) for g in jax.tree.leaves(rows)], axis=1)
@@ -287,7 +290,7 @@ def test_surface_of_a_quadratic(x64):
         surface(params, batch, plane, xs, ys[None])
 
 
-@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("orthogonal", defaults([False, True], [True]))
 def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
     rng = np.random.default_rng(0)
     params = {
