@@ -27,7 +27,7 @@ def example(problem, i):
     return problem._replace(batch=jax.tree.map(lambda x: x[i : i + 1], problem.batch))
 
 
-def slopes(problem, count=0, **kwargs):
+def traced_slopes(problem, count=0, **kwargs):
     """The s_i, by a batch of each example alone: the signs do not depend on it."""
     link = reweight_by_sharpness(1.0, **{"key": 0, **kwargs})
 
@@ -36,7 +36,15 @@ def slopes(problem, count=0, **kwargs):
         alone = problem._replace(batch=jax.tree.map(lambda x: x[None], example))
         return problems.ascend(link, alone, state)[1].mean_directional_norm
 
-    return np.asarray(jax.jit(jax.vmap(of))(problem.batch), np.float64)
+    return jax.vmap(of)(problem.batch)
+
+
+def slopes(problem, count=0, **kwargs):
+    @jax.jit
+    def run(batch):
+        return traced_slopes(problem._replace(batch=batch), count, **kwargs)
+
+    return np.asarray(run(problem.batch), np.float64)
 
 
 def lines(slopes, losses=0.0, dtype=jnp.float32):
@@ -92,7 +100,7 @@ def test_closed_form(kwargs):
     def weighted(params):
         return jnp.sum(jnp.asarray(p) * problem.loss_fn(params, problem.batch))
 
-    expected = jax.grad(weighted)(problem.params)
+    expected = jax.jit(jax.grad(weighted))(problem.params)
     # The difference of two losses near 2, over 1e-4, is off by up to 1e-2.
     problems.assert_trees_close(gradient, expected, rtol=1e-2, atol=2e-3)
     assert state.effective_sample_size == pytest.approx(1 / np.sum(p**2), rel=1e-2)
@@ -106,7 +114,8 @@ def test_several_probes_give_the_root_mean_square():
     batch = (jnp.zeros(1), jnp.ones((1, 2)))
     line = problems.Problem(jnp.zeros(2), lambda w, b: b[0] + b[1] @ w, batch)
     kwargs = {"num_probes": 4, "estimator": "jvp"}
-    squares = [slopes(line, count, **kwargs)[0] ** 2 for count in range(12)]
+    at = jax.jit(jax.vmap(lambda count: traced_slopes(line, count, **kwargs)[0]))
+    squares = np.square(at(np.arange(12, dtype=np.int32)))
     np.testing.assert_allclose(squares, np.round(squares), atol=1e-5)
     assert len(set(np.round(squares))) > 2
 
