@@ -5,30 +5,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-import jax
 import optax
 import tyro
-from sam_examples.command_line import (
+from sam_examples.data import Dataset
+from sam_examples.reporting.figures import plot_test_accuracy
+from sam_examples.reporting.tables import Curves, print_table, summarize
+from sam_examples.settings.command_line import (
     NoisyDigits,
-    check_training,
     make_run_directory,
     one_line_errors,
     require,
     versions,
     write_json,
 )
-from sam_examples.data import Dataset, Split, load_digits
-from sam_examples.evaluation import Evaluate, make_evaluate
-from sam_examples.figures import plot_test_accuracy
-from sam_examples.methods import METHODS, check_batch, hyperparameters, make_tx
-from sam_examples.optimizers import momentum_sgd
-from sam_examples.report import Curves, print_table, summarize
-from sam_examples.training import (
+from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.training import digits
+from sam_examples.training.build import make_network
+from sam_examples.training.digits import Epoch, draw_epoch, timed_epoch
+from sam_examples.training.evaluation import Evaluate, make_evaluate
+from sam_examples.training.step import (
     TrainState,
     make_init,
-    make_model,
+    make_prepare,
+    make_step,
     make_train_steps,
-    shuffled_batches,
 )
 from tqdm import tqdm
 
@@ -62,14 +62,10 @@ class Contestant:
       compile_seconds: wall time of the compilation.
     """
 
-    def __init__(
-        self, train_steps: Any, state: TrainState, split: Split, batch_size: int
-    ) -> None:
-        """Compiles the training of an epoch on a split of this shape."""
-        key = jax.random.key(0)
-        indices = shuffled_batches(key, len(split.labels), batch_size)
+    def __init__(self, train_steps: Any, state: TrainState, epoch: Epoch) -> None:
+        """Compiles the training of an epoch of this shape."""
         start = time.perf_counter()
-        self._train_epoch = train_steps.lower(state, split, indices, key).compile()
+        self._train_steps = train_steps.lower(state, *epoch).compile()
         self.compile_seconds = time.perf_counter() - start
         self.curves: list[Curves] = []
 
@@ -78,16 +74,11 @@ class Contestant:
         self.state = state
         self.curves.append(Curves())
 
-    def train_epoch(
-        self, dataset: Dataset, indices: jax.Array, key: jax.Array, evaluate: Evaluate
-    ) -> Curves:
+    def train_epoch(self, epoch: Epoch, dataset: Dataset, evaluate: Evaluate) -> Curves:
         """Trains for an epoch, evaluates, and returns the curves since `begin`."""
-        start = time.perf_counter()
-        self.state, train = self._train_epoch(self.state, dataset.train, indices, key)
-        train.loss.block_until_ready()
-        seconds = time.perf_counter() - start
+        self.state, train, seconds = timed_epoch(self._train_steps, self.state, epoch)
         curves = self.curves[-1]
-        curves.step_seconds.append(seconds / len(indices))
+        curves.step_seconds.append(seconds)
         curves.train_loss.append(float(train.loss))
         curves.train_accuracy.append(float(train.accuracy))
         curves.valid_accuracy.append(
@@ -106,12 +97,9 @@ def prepare(
       ValueError: if an option is out of range.
     """
     require(options.seeds >= 1, "--seeds must be at least 1", options.seeds)
-    datasets = [load_digits(options.noise, seed) for seed in range(options.seeds)]
-    num_examples = len(datasets[0].train.labels)
-    check_training(options, num_examples)
-    num_steps = options.epochs * (num_examples // options.batch_size)
-    base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
-    return datasets, num_steps, base
+    of_seeds = [digits.prepare(options, seed) for seed in range(options.seeds)]
+    datasets, (num_steps, *_), (base, *_) = zip(*of_seeds, strict=True)
+    return list(datasets), num_steps, base
 
 
 def compare(
@@ -128,15 +116,14 @@ def compare(
       txs: the optimizer of each method.
       after_epoch: called with the method and the state after each epoch.
     """
-    model = make_model(options, datasets[0].num_classes)
+    model = make_network(options, datasets[0])
     init = make_init(model, datasets[0])
     evaluate = make_evaluate(model, datasets[0])
+    prepare_batch = make_prepare(datasets[0])
+    first = draw_epoch(datasets[0].train, options.batch_size, seed=0, epoch=0)
     contestants = {
         method: Contestant(
-            make_train_steps(model, tx, datasets[0]),
-            init(0, tx),
-            datasets[0].train,
-            options.batch_size,
+            make_train_steps(make_step(model, tx, prepare_batch)), init(0, tx), first
         )
         for method, tx in tqdm(txs.items(), desc="compile", unit="method")
     }
@@ -145,14 +132,11 @@ def compare(
         for seed, dataset in enumerate(datasets):
             for method, contestant in contestants.items():
                 contestant.begin(init(seed, txs[method]))
-            for epoch in range(options.epochs):
-                key = jax.random.fold_in(jax.random.key(seed), epoch)
-                indices = shuffled_batches(
-                    key, len(dataset.train.labels), options.batch_size
-                )
+            for number in range(options.epochs):
+                epoch = draw_epoch(dataset.train, options.batch_size, seed, number)
                 # In turns, so that a slow spell of the machine hits every method.
                 for method, contestant in contestants.items():
-                    curves = contestant.train_epoch(dataset, indices, key, evaluate)
+                    curves = contestant.train_epoch(epoch, dataset, evaluate)
                     bar.set_description(f"seed {seed}, {method}", refresh=False)
                     bar.set_postfix(
                         loss=f"{curves.train_loss[-1]:.3f}",

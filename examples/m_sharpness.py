@@ -7,7 +7,9 @@ from typing import Any, Literal
 import optax
 import tyro
 from compare import compare, prepare
-from sam_examples.command_line import (
+from sam_examples.reporting.figures import plot_accuracy_over_size
+from sam_examples.reporting.tables import print_table, summarize
+from sam_examples.settings.command_line import (
     NoisyDigits,
     make_run_directory,
     one_line_errors,
@@ -15,9 +17,7 @@ from sam_examples.command_line import (
     versions,
     write_json,
 )
-from sam_examples.figures import plot_accuracy_over_size
-from sam_examples.methods import check_batch, make_tx
-from sam_examples.report import print_table, summarize
+from sam_examples.settings.methods import check_batch, make_tx
 
 RW_SAM = "RW-SAM"
 

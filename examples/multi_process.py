@@ -16,42 +16,34 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import Mesh, NamedSharding
-from sam_examples.command_line import (
+from sam_examples.data import (
+    Dataset,
+    Split,
+    normalize,
+    prefetched,
+    training_batches,
+)
+from sam_examples.devices.processes import ProcessOptions, check_processes, start
+from sam_examples.devices.sharding import (
+    by_examples,
+    make_mesh,
+    of_opt_state,
+    of_params,
+    replicated,
+)
+from sam_examples.settings.command_line import (
     NoisyDigits,
-    check_training,
     make_run_directory,
     one_line_errors,
     require,
     versions,
     write_json,
 )
-from sam_examples.data import (
-    Dataset,
-    Split,
-    load_digits,
-    normalize,
-    prefetched,
-    training_batches,
-)
-from sam_examples.evaluation import make_evaluate
-from sam_examples.methods import METHODS, check_batch, hyperparameters, make_tx
-from sam_examples.optimizers import momentum_sgd
-from sam_examples.processes import ProcessOptions, check_processes, start
-from sam_examples.sharding import (
-    by_examples,
-    by_first_divisible_axis,
-    make_mesh,
-    of_opt_state,
-    replicated,
-)
-from sam_examples.training import (
-    TrainState,
-    make_loss_fn,
-    make_model,
-    make_scoring_loss_fn,
-)
-
-import optax_sam
+from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.training import digits
+from sam_examples.training.build import make_network
+from sam_examples.training.evaluation import make_evaluate
+from sam_examples.training.step import TrainState, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +95,7 @@ def make_state(
 
     It is made where it is to be: no device ever has more than its part.
     """
-    model = make_model(options, dataset.num_classes)
+    model = make_network(options, dataset)
     images = jnp.zeros((1, *dataset.train.images.shape[1:]))
 
     def init(key: jax.Array) -> TrainState:
@@ -114,11 +106,7 @@ def make_state(
     key = jax.random.key(options.seed)
     abstract = jax.eval_shape(init, key)
     everywhere = replicated(mesh)
-    params = (
-        by_first_divisible_axis(mesh, abstract.params)
-        if options.fully_sharded
-        else jax.tree.map(lambda _: everywhere, abstract.params)
-    )
+    params = of_params(mesh, abstract.params, options.fully_sharded)
     shardings = TrainState(
         params,
         jax.tree.map(lambda _: everywhere, abstract.batch_stats),
@@ -127,44 +115,25 @@ def make_state(
     return jax.jit(init, out_shardings=shardings)(key), shardings
 
 
-def make_step(
-    options: Options, tx: optax.GradientTransformation, dataset: Dataset, shardings: Any
-) -> Any:
-    """Makes `step(state, batch, key) -> state, loss`, compiled for all devices."""
-    model = make_model(options, dataset.num_classes)
-    update = optax_sam.value_and_update(
-        make_loss_fn(model),
-        tx,
-        has_aux=True,
-        scoring_loss_fn=make_scoring_loss_fn(model),
-    )
-
-    def step(
-        state: TrainState, batch: Split, key: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
-        (loss, (batch_stats, _)), updates, opt_state = update(
-            state.params, state.opt_state, batch, state.batch_stats, key
-        )
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state), loss
-
-    everywhere = replicated(jax.tree.leaves(shardings)[0].mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-
-
 def train(
     options: Options, tx: optax.GradientTransformation, dataset: Dataset
 ) -> tuple[list[float], float, dict[str, Any]]:
     """The losses of the clean passes, the test accuracy and the parameters by path."""
     mesh = make_mesh()
     state, shardings = make_state(options, tx, dataset, mesh)
-    step = make_step(options, tx, dataset, shardings)
+    model = make_network(options, dataset)
+    # Compiled for all devices; the batches are normalized already.
+    step = jax.jit(
+        make_step(model, tx),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
     losses = []
     for count, batch in enumerate(batches(options, dataset, by_examples(mesh))):
         key = jax.random.fold_in(jax.random.key(options.seed), count)
-        state, loss = step(state, batch, key)
-        losses.append(loss)
-    evaluate = make_evaluate(make_model(options, dataset.num_classes), dataset)
+        state, metrics = step(state, batch, key)
+        losses.append(metrics.loss)
+    evaluate = make_evaluate(model, dataset)
     accuracy = float(evaluate(state, dataset.test).accuracy)
     # Each process can read a copy of its own, and no part of the others'.
     gather = jax.jit(lambda params: params, out_shardings=replicated(mesh))
@@ -212,12 +181,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_processes(options)
         chosen = hyperparameters([method], options.hyperparameters)[method]
-        dataset = load_digits(options.noise, options.seed)
-        num_examples = len(dataset.train.labels)
-        check_training(options, num_examples)
+        dataset, num_steps, base = digits.prepare(options, options.seed)
         check_batch({method: chosen}, options.batch_size)
-        num_steps = options.epochs * (num_examples // options.batch_size)
-        base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
         start(options)
         devices = jax.device_count()
         require(

@@ -22,7 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from compare import Contestant, compare, prepare
-from sam_examples.command_line import (
+from sam_examples.analysis.example_weights import (
+    WeightsOverTime,
+    draw_weights,
+)
+from sam_examples.data import Dataset, Split, normalized
+from sam_examples.reporting.figures import (
+    plot_loss_surfaces,
+    plot_spectra,
+    plot_test_accuracy,
+)
+from sam_examples.settings.command_line import (
     NoisyDigits,
     make_run_directory,
     one_line_errors,
@@ -30,17 +40,10 @@ from sam_examples.command_line import (
     versions,
     write_json,
 )
-from sam_examples.data import Dataset, Split
-from sam_examples.example_weights import WeightsOverTime, draw_weights, prepared
-from sam_examples.figures import (
-    plot_loss_surfaces,
-    plot_spectra,
-    plot_test_accuracy,
-)
-from sam_examples.methods import hyperparameters, make_tx
-from sam_examples.training import (
+from sam_examples.settings.methods import hyperparameters, make_tx
+from sam_examples.training.build import make_network
+from sam_examples.training.step import (
     TrainState,
-    make_model,
     make_scoring_loss_fn,
 )
 from tqdm import tqdm
@@ -91,7 +94,7 @@ def draw_surfaces(
     options: Options, model: nn.Module, dataset: Dataset, states: Any, path: Path
 ) -> dict[str, Any]:
     """Draws the loss around the solutions, and returns it at them."""
-    batch = prepared(dataset.train, dataset)
+    batch = normalized(dataset.train, dataset)
     steps = np.linspace(-options.extent, options.extent, options.points)
     xs = jnp.asarray(steps)
 
@@ -117,7 +120,7 @@ def draw_spectra(
     options: Options, model: nn.Module, dataset: Dataset, states: Any, path: Path
 ) -> dict[str, Any]:
     """Draws the spectra at the solutions, and returns eigenvalues and traces."""
-    batch = prepared(dataset.train, dataset)
+    batch = normalized(dataset.train, dataset)
 
     @jax.jit
     def spectrum(state: TrainState, batch: Split) -> Any:
@@ -178,7 +181,7 @@ def main(args: Sequence[str] | None = None) -> None:
         }
         directory = make_run_directory(options.out, "pictures")
     dataset = datasets[-1]
-    model = make_model(options, dataset.num_classes)
+    model = make_network(options, dataset)
     history = WeightsOverTime(model, dataset, options.batch_size, chosen["rw_sam"])
     contestants = compare(options, datasets, txs, history)
     history.weights = history.weights[-options.epochs :]

@@ -6,36 +6,36 @@ kept, in case its mask returns.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich.console import Console
 from rich.table import Table
-from sam_examples.command_line import (
+from sam_examples.analysis.layers import Chooser, layers_of
+from sam_examples.data import Dataset, Split
+from sam_examples.reporting.tables import make_console
+from sam_examples.settings.command_line import (
     NoisyDigits,
-    check_training,
     make_run_directory,
     one_line_errors,
     require,
+    require_at_least_one,
     versions,
     write_json,
 )
-from sam_examples.data import Dataset, load_digits
-from sam_examples.evaluation import make_evaluate
-from sam_examples.layers import Chooser, layers_of
-from sam_examples.models.resnet import ResNet
-from sam_examples.optimizers import momentum_sgd
-from sam_examples.training import (
+from sam_examples.training import digits
+from sam_examples.training.build import make_network
+from sam_examples.training.digits import Epoch, draw_epoch, timed_epoch
+from sam_examples.training.evaluation import make_evaluate
+from sam_examples.training.step import (
     make_init,
-    make_model,
+    make_prepare,
+    make_step,
     make_train_steps,
-    shuffled_batches,
 )
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ class Options(NoisyDigits):
     """Draws label noise, parameters and batches."""
 
 
-class Trainer:
+class Contestant:
     """A network in training, whose mask may change between epochs.
 
     Attributes:
@@ -77,15 +77,15 @@ class Trainer:
     def __init__(
         self,
         make_tx: Callable[[Any], optax.GradientTransformation],
-        model: ResNet,
+        model: nn.Module,
         dataset: Dataset,
         seed: int,
     ) -> None:
         """Draws the parameters; `make_tx(mask)` makes the optimizer of a mask."""
-        self._make_tx, self._model, self._dataset = make_tx, model, dataset
+        self._make_tx, self._model = make_tx, model
+        self._prepare = make_prepare(dataset)
         # The state of the optimizer does not depend on the mask.
         self.state = make_init(model, dataset)(seed, make_tx(True))
-        self._train_split = jax.tree.map(jnp.asarray, dataset.train)
         self._programs: dict[tuple[bool, ...], Any] = {}
         self.step_seconds: list[float] = []
 
@@ -94,27 +94,20 @@ class Trainer:
         """How many programs were compiled."""
         return len(self._programs)
 
-    def train_epoch(self, mask: Any, indices: jax.Array, key: jax.Array) -> None:
-        """Trains on `indices[steps, batch_size]`, perturbing what the mask selects."""
-        arguments = (self.state, self._train_split, indices, key)
+    def train_epoch(self, mask: Any, epoch: Epoch) -> None:
+        """Trains for an epoch, perturbing what the mask selects."""
         program = tuple(jax.tree.leaves(mask))
         if program not in self._programs:
-            train_steps = make_train_steps(
-                self._model, self._make_tx(mask), self._dataset
-            )
-            self._programs[program] = train_steps.lower(*arguments).compile()
-        start = time.perf_counter()
-        self.state, metrics = self._programs[program](*arguments)
-        metrics.loss.block_until_ready()
-        self.step_seconds.append((time.perf_counter() - start) / len(indices))
+            step = make_step(self._model, self._make_tx(mask), self._prepare)
+            lowered = make_train_steps(step).lower(self.state, *epoch)
+            self._programs[program] = lowered.compile()
+        self.state, _, seconds = timed_epoch(self._programs[program], self.state, epoch)
+        self.step_seconds.append(seconds)
 
 
-def check(options: Options, num_examples: int) -> None:
-    """Raises a ValueError if an option is out of range."""
-    check_training(options, num_examples)
-    for name in ("choose_every", "num_examples"):
-        value, flag = getattr(options, name), name.replace("_", "-")
-        require(value >= 1, f"--{flag} must be at least 1", value)
+def check(options: Options) -> None:
+    """Raises a ValueError if an option of static masks is out of range."""
+    require_at_least_one(options, "choose_every", "num_examples")
     require(
         0 <= options.sparsity < 1,
         "--sparsity must be at least 0 and below 1",
@@ -132,7 +125,7 @@ def print_results(figures: dict[str, Any]) -> None:
             f"{1e3 * row['step_seconds']:.2f}",
             str(row["programs"]),
         )
-    console = Console(highlight=False)
+    console = make_console()
     console.print(table)
     console.print(
         f"A step takes {figures['step_time_over_sam']:.2f} of SAM's time "
@@ -140,14 +133,14 @@ def print_results(figures: dict[str, Any]) -> None:
     )
 
 
-def make_trainers(
-    options: Options, dataset: Dataset
-) -> tuple[ResNet, Trainer, Trainer]:
-    """The network, in training with static masks and with SAM."""
-    num_steps = options.epochs * (len(dataset.train.labels) // options.batch_size)
-    base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
+def make_contestants(
+    options: Options,
+    model: nn.Module,
+    dataset: Dataset,
+    base: optax.GradientTransformation,
+) -> tuple[Contestant, Contestant]:
+    """The network in training with static masks and with SAM."""
     radius = optax_sam.scale_to_radius(options.rho)
-    model = make_model(options, dataset.num_classes)
 
     def masked(mask: Any) -> optax.GradientTransformation:
         # The mask comes first: gradients that no norm reads are not computed.
@@ -158,28 +151,28 @@ def make_trainers(
         return optax_sam.sam(base, options.sam_rho)
 
     sparse, sam = (
-        Trainer(make_tx, model, dataset, options.seed) for make_tx in (masked, unmasked)
+        Contestant(make_tx, model, dataset, options.seed)
+        for make_tx in (masked, unmasked)
     )
-    return model, sparse, sam
+    return sparse, sam
 
 
 def train(
-    options: Options, choose: Chooser, sparse: Trainer, sam: Trainer, num_examples: int
+    options: Options, split: Split, choose: Chooser, sparse: Contestant, sam: Contestant
 ) -> list[dict[str, Any]]:
     """Trains both, and returns which layers were chosen when."""
     choices = []
-    for epoch in tqdm(range(options.epochs), unit="epoch"):
-        if epoch % options.choose_every == 0:
+    for number in tqdm(range(options.epochs), unit="epoch"):
+        if number % options.choose_every == 0:
             mask = choose(sparse.state)
             layers = layers_of(mask)
-            choices.append({"epoch": epoch, "layers": layers})
+            choices.append({"epoch": number, "layers": layers})
             others = [name for name in choose.cost if name not in layers]
-            tqdm.write(f"epoch {epoch + 1}: leaves out {', '.join(others)}")
-        key = jax.random.fold_in(jax.random.key(options.seed), epoch)
-        indices = shuffled_batches(key, num_examples, options.batch_size)
+            tqdm.write(f"epoch {number + 1}: leaves out {', '.join(others)}")
+        epoch = draw_epoch(split, options.batch_size, options.seed, number)
         # In turns, so that a slow spell of the machine hits both.
-        sparse.train_epoch(mask, indices, key)
-        sam.train_epoch(True, indices, key)
+        sparse.train_epoch(mask, epoch)
+        sam.train_epoch(True, epoch)
     return choices
 
 
@@ -187,10 +180,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the training that the command line asks for."""
     options = tyro.cli(Options, args=args)
     with one_line_errors():
-        dataset = load_digits(options.noise, options.seed)
-        num_examples = len(dataset.train.labels)
-        check(options, num_examples)
-        model, sparse, sam = make_trainers(options, dataset)
+        dataset, _, base = digits.prepare(options, options.seed)
+        check(options)
+        model = make_network(options, dataset)
+        sparse, sam = make_contestants(options, model, dataset, base)
         directory = make_run_directory(options.out, "static-masks")
     choose = Chooser(
         model,
@@ -199,7 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sparsity=options.sparsity,
         num_examples=options.num_examples,
     )
-    choices = train(options, choose, sparse, sam, num_examples)
+    choices = train(options, dataset.train, choose, sparse, sam)
     evaluate = make_evaluate(model, dataset)
     ratio = np.array(sparse.step_seconds) / np.array(sam.step_seconds)
     figures = {
@@ -208,11 +201,11 @@ def main(args: Sequence[str] | None = None) -> None:
         "step_time_over_sam": float(np.median(ratio)),
         "methods": {
             name: {
-                "test_accuracy": float(evaluate(trainer.state, dataset.test).accuracy),
-                "step_seconds": float(np.median(trainer.step_seconds)),
-                "programs": trainer.num_programs,
+                "test_accuracy": float(evaluate(x.state, dataset.test).accuracy),
+                "step_seconds": float(np.median(x.step_seconds)),
+                "programs": x.num_programs,
             }
-            for name, trainer in {"static masks": sparse, "SAM": sam}.items()
+            for name, x in {"static masks": sparse, "SAM": sam}.items()
         },
     }
     settings = {"settings": dataclasses.asdict(options), "versions": versions()}

@@ -8,30 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sam_examples.build import Optimizer, check_layers, make_network
-from sam_examples.checkpoints import Checkpoints, Progress
-from sam_examples.command_line import (
+from sam_examples.data import label_record
+from sam_examples.reporting.metrics import MetricsWriter
+from sam_examples.settings.command_line import (
+    check_training,
     make_run_directory,
     one_line_errors,
     versions,
     write_json,
 )
-from sam_examples.config import (
+from sam_examples.settings.config import (
     Config,
     as_json,
-    check,
     check_without_data,
     default_hyperparameters,
     load,
     num_devices,
-    training_settings,
 )
-from sam_examples.config_file import parse
-from sam_examples.data import label_record
-from sam_examples.interrupts import Interrupt, interruptible
-from sam_examples.methods import check_batch, hyperparameters
-from sam_examples.metrics import MetricsWriter
-from sam_examples.run import Run
+from sam_examples.settings.config_file import parse
+from sam_examples.settings.methods import check_batch, hyperparameters
+from sam_examples.training.build import Optimizer, check_layers, make_network
+from sam_examples.training.checkpoints import Checkpoints, Progress
+from sam_examples.training.interrupts import Interrupt, interruptible
+from sam_examples.training.run import Run, training_settings
 from tqdm import tqdm
 
 
@@ -129,7 +128,7 @@ def _main(args: Sequence[str] | None) -> None:
         check_without_data(config)
         dataset = load(config)
         num_examples = len(dataset.train.labels)
-        check(config, num_examples)
+        check_training(config, num_examples)
         method, steps = config.method, num_examples // config.batch_size
         chosen = hyperparameters(
             [method], config.hyperparameters, default_hyperparameters(config, steps)

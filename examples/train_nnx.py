@@ -11,19 +11,18 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from sam_examples.command_line import (
+from sam_examples.data import Dataset, Split, normalized
+from sam_examples.models.nnx_resnet import NORMS, ResNet
+from sam_examples.settings.command_line import (
     NoisyDigits,
-    check_training,
     make_run_directory,
     one_line_errors,
     versions,
     write_json,
 )
-from sam_examples.data import Dataset, Split, load_digits, normalize
-from sam_examples.methods import METHODS, check_batch, hyperparameters, make_tx
-from sam_examples.models.nnx_resnet import NORMS, ResNet
-from sam_examples.optimizers import momentum_sgd
-from sam_examples.training import shuffled_batches
+from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.training import digits
+from sam_examples.training.digits import shuffled_batches
 from tqdm import tqdm
 
 
@@ -128,11 +127,8 @@ class Training:
     ) -> None:
         """Draws the parameters."""
         self._splits = {
-            name: Split(
-                normalize(split.images, dataset.mean, dataset.std), split.labels
-            )
+            name: normalized(getattr(dataset, name), dataset)
             for name in ("train", "valid", "test")
-            for split in [getattr(dataset, name)]
         }
         self._model: Any = ResNet(
             options.stages,
@@ -152,8 +148,7 @@ class Training:
         self._model.train()
         steps = []
         for index in indices:
-            batch = Split(train.images[index], train.labels[index])
-            steps.append(train_step(self._model, self._optimizer, batch))
+            steps.append(train_step(self._model, self._optimizer, train.take(index)))
             bar.update()
         loss, accuracy = np.mean(np.array(jax.device_get(steps)), axis=0).tolist()
         self.curves["train_loss"].append(loss)
@@ -176,7 +171,7 @@ def train(options: Options, training: Training, num_examples: int) -> None:
             bar.set_description(f"epoch {epoch + 1} of {options.epochs}")
             key = jax.random.fold_in(jax.random.key(options.seed), epoch)
             indices = shuffled_batches(key, num_examples, options.batch_size)
-            training.train_epoch(np.asarray(indices), bar)
+            training.train_epoch(indices, bar)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -184,17 +179,13 @@ def main(args: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     with one_line_errors():
         chosen = hyperparameters([options.method], options.hyperparameters)
-        dataset = load_digits(options.noise, options.seed)
-        num_examples = len(dataset.train.labels)
-        check_training(options, num_examples)
+        dataset, num_steps, base = digits.prepare(options, options.seed)
         check_batch(chosen, options.batch_size)
-        num_steps = options.epochs * (num_examples // options.batch_size)
-        base = momentum_sgd(options.learning_rate, num_steps, options.weight_decay)
         values: Mapping[str, Any] = chosen[options.method]
         tx = make_tx(options.method, base, values, num_steps)
         directory = make_run_directory(options.out, f"nnx-{options.method}")
     training = Training(options, dataset, tx)
-    train(options, training, num_examples)
+    train(options, training, len(dataset.train.labels))
     path = directory / "results.json"
     accuracy = training.accuracy("test")
     settings = {"settings": dataclasses.asdict(options), "versions": versions()}

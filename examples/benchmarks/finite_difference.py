@@ -18,11 +18,17 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sam_examples.benchmarking import measure
-from sam_examples.command_line import one_line_errors, require
-from sam_examples.data import Dataset, Split, load_digits, normalize
+from sam_examples.data import Dataset, Split, load_digits, normalized
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet, group_norm
-from sam_examples.training import make_init, make_scoring_loss_fn, make_train_steps
+from sam_examples.settings.command_line import one_line_errors, require
+from sam_examples.training.step import (
+    make_init,
+    make_prepare,
+    make_scoring_loss_fn,
+    make_step,
+    make_train_steps,
+)
 
 DELTAS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -83,8 +89,9 @@ def make_params(model: ResNet, dataset: Dataset, steps: int) -> Any:
     if steps:
         key = jax.random.key(0)
         indices = jax.random.randint(key, (steps, 64), 0, len(dataset.train.labels))
-        split = jax.tree.map(jnp.asarray, dataset.train)
-        state, _ = make_train_steps(model, tx, dataset)(state, split, indices, key)
+        train_steps = make_train_steps(make_step(model, tx, make_prepare(dataset)))
+        batches = dataset.train.take(np.asarray(indices))
+        state, _ = train_steps(state, batches, jax.random.split(key, steps))
     # Rounded, so that both types compute at the same parameters.
     return optax.tree.cast(state.params, jnp.bfloat16)
 
@@ -93,8 +100,7 @@ def measure_errors(
     options: Options, width: int, dataset: Dataset
 ) -> dict[str, dict[str, float]]:
     """The errors in a network of this width, a row for each delta and one for jvp."""
-    images, labels = (jnp.asarray(x[: options.num_examples]) for x in dataset.train)
-    batch = Split(normalize(images, dataset.mean, dataset.std), labels)
+    batch = normalized(dataset.train.take(slice(options.num_examples)), dataset)
     model = ResNet(options.stages, 10, width, conv=PatchConv, norm=group_norm)
     rounded = make_params(model, dataset, options.steps)
     # This generator compiles faster than the default one.

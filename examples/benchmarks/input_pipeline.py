@@ -23,7 +23,6 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 
 from sam_examples import models
 from sam_examples.benchmarking import measure
-from sam_examples.command_line import check_stages, one_line_errors
 from sam_examples.data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -37,7 +36,8 @@ from sam_examples.data import (
     prefetched,
     training_batches,
 )
-from sam_examples.training import make_loss_fn
+from sam_examples.settings.command_line import check_stages, one_line_errors
+from sam_examples.training.step import make_loss_fn
 
 PIPELINE = "pipeline"
 STEPS = {"SGD": measure.BASE, "SAM": optax_sam.sam(measure.BASE, measure.RHO)}
@@ -216,7 +216,7 @@ def measure_case(name: str, options: Options) -> dict[str, dict[str, float]]:
         for method, tx in track(STEPS.items(), f"compiling, {name}"):
             row = prepared(case, measure.engine(tx))
             compiled = measure.compile_step(row, problem)
-            turns[method] = measure.stepping(compiled, problem.batch)
+            turns[method] = compiled.turn(problem.batch)
         first_seconds: list[float] = []
         turns[PIPELINE] = making_batches(case, options, first_seconds)
         seconds = measure.in_turns(turns, options.rounds)

@@ -4,10 +4,9 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import optax
-import tyro
 
 if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -61,31 +60,17 @@ ROWS: Mapping[str, Configuration] = {
         for size in SIZES
     },
 }
-NAMES = tuple(ROWS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options(trade_off.Options):
-    """Measures what RW-SAM gains over SAM, for hyperparameters in a grid.
-
-    A small ResNet learns the digits with label noise, as in compare.py. Every
-    configuration gets the rho that does best on the validation split, and is then
-    trained with other seeds, whose test accuracy counts. Its steps are timed in turns
-    with those of all others. Every training is added to runs.jsonl in --out as it
-    ends, and not repeated if found there. Prints a table; writes results.json and, for
-    each width that is timed, a plot.
-    """
-
-    configurations: Annotated[
-        tuple[str, ...], tyro.conf.arg(help=f"Out of: {'; '.join(NAMES)}.")
-    ] = NAMES
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the study that the command line asks for."""
-    options = tyro.cli(Options, args=args)
-    title = "RW-SAM and m-SAM, a network"
-    trade_off.run(options, ROWS, name="reweight-accuracy", title=title)
+    trade_off.run(
+        args,
+        ROWS,
+        purpose="Measures what RW-SAM gains over SAM, for hyperparameters in a grid.",
+        name="reweight-accuracy",
+        title="RW-SAM and m-SAM, a network",
+    )
 
 
 if __name__ == "__main__":

@@ -26,19 +26,19 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 from sam_examples.benchmarking import measure
 from sam_examples.benchmarking.collectives import REDUCE, traffic
 from sam_examples.benchmarking.sharded import Problem, Step, compile_step
-from sam_examples.command_line import one_line_errors, require
 from sam_examples.data import Split
-from sam_examples.methods import METHODS, hyperparameters, make_tx
-from sam_examples.models.convolution import PatchConv
-from sam_examples.models.resnet import ResNet, group_norm
-from sam_examples.sharding import (
+from sam_examples.devices.sharding import (
     as_shapes,
     by_examples,
     make_mesh,
     replicated,
     simulate_devices,
 )
-from sam_examples.training import make_scoring_loss_fn
+from sam_examples.models.convolution import PatchConv
+from sam_examples.models.resnet import ResNet, group_norm
+from sam_examples.settings.command_line import one_line_errors, require
+from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
+from sam_examples.training.step import make_scoring_loss_fn
 
 BASELINE, M_SAM = "sgd", "m_sam"
 NUM_STEPS = 10_000  # Where a method wants to know the length of a training.
@@ -122,15 +122,9 @@ def stepping(
     step: Step, params: Any, opt_state: Any, batch: Split
 ) -> Callable[[], float]:
     """A function that takes the next step and returns its seconds."""
-
-    def turn() -> float:
-        nonlocal params, opt_state
-        (params, opt_state, _), seconds = measure.timed(
-            step.compiled, params, opt_state, batch
-        )
-        return seconds
-
-    return turn
+    return measure.stepping(
+        lambda state: step.compiled(*state, batch)[:2], (params, opt_state)
+    )
 
 
 def measure_methods(options: Options, num_devices: int) -> dict[str, dict[str, float]]:

@@ -24,22 +24,21 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 
 from sam_examples.benchmarking import measure
 from sam_examples.benchmarking.collectives import GATHER, REDUCE, traffic
-from sam_examples.benchmarking.measure import RHO, SGD
+from sam_examples.benchmarking.measure import RHO, SGD, sam_by_hand
 from sam_examples.benchmarking.sharded import (
     Problem,
     bytes_on_a_device,
     compile_step,
-    sam_written_out,
 )
-from sam_examples.command_line import one_line_errors, require
-from sam_examples.models.transformer import Transformer, make_language_loss_fn
-from sam_examples.sharding import (
+from sam_examples.devices.sharding import (
     as_shapes,
     by_examples,
     by_first_divisible_axis,
     make_mesh,
     simulate_devices,
 )
+from sam_examples.models.transformer import Transformer, make_language_loss_fn
+from sam_examples.settings.command_line import one_line_errors, require
 
 HAND_WRITTEN, SAM, VASSO, SSAM_D, SSAM_F = (
     "SAM by hand",
@@ -207,6 +206,10 @@ def measure_base(
     base = BASES[base_name]
     num_weights = sum(x.size for x in jax.tree.leaves(problem.params))
     num_devices = problem.mesh.size
+
+    def mean_loss(params: Any, batch: jax.Array) -> jax.Array:
+        return problem.loss_fn(params, batch).mean()
+
     txs = {base_name: base} | {
         f"{base_name}, {name}": METHODS[name].make(base) for name in methods
     }
@@ -216,7 +219,8 @@ def measure_base(
     }
     if base_name == SGD:
         name = f"{base_name}, {HAND_WRITTEN}"
-        txs[name], updates[name] = base, sam_written_out(problem, base, RHO)
+        txs[name] = base
+        updates[name] = sam_by_hand(jax.value_and_grad(mean_loss), base, RHO)
     base_bytes = measure.num_bytes(jax.eval_shape(base.init, problem.params))
     rows: dict[str, dict[str, float]] = {}
     for name, tx in track(txs.items(), f"compiling {base_name}"):

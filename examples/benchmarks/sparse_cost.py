@@ -34,10 +34,10 @@ from sam_examples.benchmarking.measure import (
     Row,
     engine,
 )
-from sam_examples.command_line import one_line_errors
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
-from sam_examples.training import LossFn, make_loss_fn, make_scoring_loss_fn
+from sam_examples.settings.command_line import one_line_errors
+from sam_examples.training.step import LossFn, make_loss_fn, make_scoring_loss_fn
 
 SAM = "SAM"
 SSAM_F, SSAM_D = "SSAM-F between refreshes", "SSAM-D between refreshes"
@@ -208,9 +208,7 @@ def measure_steps(options: Options, problem: Problem) -> Mapping[str, Figures]:
     for name, row in rows.items():
         if name in (SSAM_F, SSAM_D):
             compiled[name].cost["flops"] = exact_flops(row, problem, NOT_DUE)
-    turns = {
-        name: measure.stepping(step, problem.batch) for name, step in compiled.items()
-    }
+    turns = {name: step.turn(problem.batch) for name, step in compiled.items()}
     seconds = measure.in_turns(turns, options.rounds)
     costs = {name: step.cost for name, step in compiled.items()}
     return {

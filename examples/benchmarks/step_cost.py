@@ -28,8 +28,9 @@ from sam_examples.benchmarking.measure import (
     Row,
     Update,
     engine,
+    sam_by_hand,
 )
-from sam_examples.command_line import one_line_errors
+from sam_examples.settings.command_line import one_line_errors
 
 # Opaque mode takes both gradients in one step; batch statistics are the clean pass's.
 CONTRIB_SAM = optax.contrib.sam(
@@ -48,38 +49,39 @@ class Options(measure.Options):
     """
 
 
-def plain_sgd(grad_fn: Any, params: Any, opt_state: Any, *args: Any) -> Any:
+def plain_sgd(grad_fn: Any) -> Update:
     """The base optimizer, as in any training loop with Optax."""
-    value, grads = grad_fn(params, *args)
-    return value, *BASE.update(grads, opt_state, params)
+
+    def update(params: Any, opt_state: Any, *args: Any) -> Any:
+        value, grads = grad_fn(params, *args)
+        return value, *BASE.update(grads, opt_state, params)
+
+    return update
 
 
-def written_out(grad_fn: Any, params: Any, opt_state: Any, *args: Any) -> Any:
-    """SAM as a careful user writes it who needs nothing else."""
-    value, grads = grad_fn(params, *args)
-    scale = RHO / (optax.tree.norm(grads) + 1e-12)
-    perturbed = jax.tree.map(lambda p, g: p + scale * g, params, grads)
-    _, grads = grad_fn(perturbed, *args)
-    return value, *BASE.update(grads, opt_state, params)
-
-
-def contrib(grad_fn: Any, params: Any, opt_state: Any, *args: Any) -> Any:
+def contrib(grad_fn: Any) -> Update:
     """Optax's own SAM, which looks for the perturbed gradient itself."""
-    value, grads = grad_fn(params, *args)
-    return value, *CONTRIB_SAM.update(
-        grads, opt_state, params, grad_fn=lambda p, _: grad_fn(p, *args)[1]
-    )
+
+    def update(params: Any, opt_state: Any, *args: Any) -> Any:
+        value, grads = grad_fn(params, *args)
+        return value, *CONTRIB_SAM.update(
+            grads, opt_state, params, grad_fn=lambda p, _: grad_fn(p, *args)[1]
+        )
+
+    return update
 
 
-def by_hand(tx: optax.GradientTransformation, update: Callable[..., Any]) -> Row:
-    """An update that takes its gradients from `jax.value_and_grad`."""
+def by_hand(
+    tx: optax.GradientTransformation, make_update: Callable[[Any], Update]
+) -> Row:
+    """An update made from `jax.value_and_grad` of the mean loss."""
 
     def row(problem: Problem) -> tuple[optax.GradientTransformation, Update]:
         def mean_loss(*args: Any) -> tuple[jax.Array, Any]:
             losses, aux = problem.loss_fn(*args)
             return losses.mean(), aux
 
-        return tx, partial(update, jax.value_and_grad(mean_loss, has_aux=True))
+        return tx, make_update(jax.value_and_grad(mean_loss, has_aux=True))
 
     return row
 
@@ -96,7 +98,7 @@ def in_quarters(problem: Problem) -> tuple[optax.GradientTransformation, Update]
 HAND_WRITTEN, CONTRIB = "SAM by hand", "optax.contrib.sam"
 ROWS: Mapping[str, Row] = {
     SGD: by_hand(BASE, plain_sgd),
-    HAND_WRITTEN: by_hand(BASE, written_out),
+    HAND_WRITTEN: by_hand(BASE, partial(sam_by_hand, base=BASE, rho=RHO)),
     CONTRIB: by_hand(CONTRIB_SAM, contrib),
     "SGD value_and_update": engine(BASE),
     "optax_sam.sam": engine(optax_sam.sam(BASE, RHO)),
@@ -136,9 +138,7 @@ def main(args: Sequence[str] | None = None) -> None:
         name: measure.compile_step(row, problem)
         for name, row in track(ROWS.items(), "compiling")
     }
-    turns = {
-        name: measure.stepping(step, problem.batch) for name, step in compiled.items()
-    }
+    turns = {name: step.turn(problem.batch) for name, step in compiled.items()}
     seconds = measure.in_turns(turns, options.rounds)
     rows = compare({name: step.cost for name, step in compiled.items()}, seconds)
     milliseconds = 1e3 * rows[SGD]["seconds"]

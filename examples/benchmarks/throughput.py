@@ -20,8 +20,8 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 
 from sam_examples.benchmarking import measure
 from sam_examples.benchmarking.measure import BASE, RHO, SGD, Problem, Row, engine
-from sam_examples.command_line import one_line_errors, require
-from sam_examples.training import make_loss_fn
+from sam_examples.settings.command_line import one_line_errors, require
+from sam_examples.training.step import make_loss_fn
 
 RADIUS = optax_sam.scale_to_radius(RHO)
 
@@ -105,8 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for name, row in track(make_rows(options).items(), "compiling")
     }
     turns = {
-        name: measure.stepping(step, problem.batch, options.steps)
-        for name, step in compiled.items()
+        name: step.turn(problem.batch, options.steps) for name, step in compiled.items()
     }
     seconds = measure.in_turns(turns, options.rounds, warm_up=3)
     rows = {

@@ -20,8 +20,8 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sam_examples.benchmarking import measure
-from sam_examples.command_line import one_line_errors
 from sam_examples.models.resnet import ResNet
+from sam_examples.settings.command_line import one_line_errors
 
 SPARSITY = 0.5
 Pattern = Callable[[chex.ArrayTree], chex.ArrayTree]

@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from benchmarks import finite_difference, sparse_cost, step_cost, throughput, top_k
+from example_support import check_refusal, run_script
 from sam_examples.benchmarking import measure
 
-ROOT = Path(__file__).parents[2]
 TINY = [
     "--stage-sizes=1",
     "--width=8",
@@ -126,11 +122,7 @@ def test_finite_difference_refuses_a_width_without_groups(capsys):
     ],
 )
 def test_steps_are_refused_in_one_line(main, option, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([option, "0"])
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    check_refusal(capsys, message, main, [option, "0"])
 
 
 @pytest.mark.parametrize(
@@ -145,14 +137,4 @@ def test_steps_are_refused_in_one_line(main, option, message, capsys):
     ],
 )
 def test_a_benchmark_runs_as_a_script(script, option):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    completed = subprocess.run(
-        [sys.executable, f"examples/benchmarks/{script}", "--help"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert completed.returncode == 0, completed.stderr
-    assert option in completed.stdout
+    assert option in run_script(f"benchmarks/{script}", "--help")

@@ -17,13 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import train
-from sam_examples.build import Optimizer, make_network
-from sam_examples.checkpoints import Checkpoints, Progress, checksum
-from sam_examples.config import load
-from sam_examples.config_file import parse
-from sam_examples.methods import hyperparameters
-from sam_examples.run import Run
-from test_scripts import TINY, check_refusal, results
+from example_support import TINY, check_refusal, results
+from sam_examples.settings.config import load
+from sam_examples.settings.config_file import parse
+from sam_examples.settings.methods import hyperparameters
+from sam_examples.training.build import Optimizer, make_network
+from sam_examples.training.checkpoints import Checkpoints, Progress, checksum
+from sam_examples.training.run import Run
 
 EPOCHS, STEPS = 4, 16  # Steps of an epoch.
 OPTIONS = [*TINY, "--epochs", str(EPOCHS), "--noise", "0.2", "--dropout", "0.1"]
@@ -88,9 +88,8 @@ def assert_same_end(actual, expected):
 
 def assert_refused(capsys, message, method, out, *options):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as status:
-        run(method, out, *options)
-    check_refusal(status, capsys, message)
+    arguments = ["--method", method, *OPTIONS, *options, "--out", str(out)]
+    check_refusal(capsys, message, train.main, arguments)
 
 
 # What there is in a state: averages, masks, keys and counts.

@@ -13,8 +13,8 @@ import multi_process
 import numpy as np
 import optax
 import pytest
-from sam_examples import sharding
-from sam_examples.methods import METHODS, make_tx
+from sam_examples.devices import sharding
+from sam_examples.settings.methods import METHODS, make_tx
 
 ROOT = Path(__file__).parents[2]
 PROCESSES, SECONDS, ATTEMPTS = 2, 180, 3

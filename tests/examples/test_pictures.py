@@ -7,12 +7,13 @@ import optax
 import pictures
 import pytest
 from compare import compare
-from sam_examples.data import load_digits
-from sam_examples.example_weights import WeightsOverTime, make_weigh, prepared
-from sam_examples.figures import plot_loss_surfaces
-from sam_examples.methods import hyperparameters, make_tx
-from sam_examples.training import TrainState, make_loss_fn, make_model
-from test_scripts import TINY, check_refusal
+from example_support import TINY, check_refusal
+from sam_examples.analysis.example_weights import WeightsOverTime, make_weigh
+from sam_examples.data import load_digits, normalized
+from sam_examples.reporting.figures import plot_loss_surfaces
+from sam_examples.settings.methods import hyperparameters, make_tx
+from sam_examples.training.build import make_network
+from sam_examples.training.step import TrainState, make_loss_fn
 
 NAMES = ("accuracy", "loss_surface", "spectrum", "weights")
 
@@ -40,7 +41,7 @@ def trained():
         pictures.Options, args=[*TINY, "--seeds", "1", "--epochs", "2"]
     )
     dataset = load_digits(0.5, 0)
-    model = make_model(options, dataset.num_classes)
+    model = make_network(options, dataset)
     values = hyperparameters(["rw_sam"], ["strength=3"])["rw_sam"]
     history = WeightsOverTime(model, dataset, 64, values)
     tx = make_tx("rw_sam", optax.sgd(0.1), values, 32)
@@ -57,7 +58,7 @@ def test_weights_are_those_of_the_method(trained):
         assert weights.std() > 0.05
     # Over many vectors of signs, the slopes are the norms of the gradients.
     batches = jax.tree.map(
-        lambda x: x[history.index[:1]], prepared(dataset.train, dataset)
+        lambda x: x[history.index[:1]], normalized(dataset.train, dataset)
     )
     key = jax.random.key(3)
     many = values | {"estimator": "jvp", "num_probes": 64}
@@ -94,6 +95,4 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 def test_bad_options_are_refused_in_one_line(capsys, options, message):
-    with pytest.raises(SystemExit) as status:
-        pictures.main(options)
-    check_refusal(status, capsys, message)
+    check_refusal(capsys, message, pictures.main, options)

@@ -1,5 +1,4 @@
 import functools
-import json
 
 import compare
 import m_sharpness
@@ -7,15 +6,10 @@ import numpy as np
 import pytest
 import train
 from data_files import PER_FILE, write_binaries, write_pickles
-from sam_examples import config
-from sam_examples.methods import METHODS
-from sam_examples.report import Curves, summarize
-
-TINY = ["--stages", "1", "--width", "4"]
-
-
-def results(directory):
-    return json.loads((directory / "results.json").read_text())
+from example_support import TINY, check_refusal, results
+from sam_examples.reporting.tables import Curves, summarize
+from sam_examples.settings import config
+from sam_examples.settings.methods import METHODS
 
 
 def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
@@ -85,9 +79,7 @@ def test_m_sharpness_plots_accuracy_over_the_size_of_micro_batches(tmp_path, cap
     ],
 )
 def test_m_sharpness_refuses_bad_options_in_one_line(capsys, options, message):
-    with pytest.raises(SystemExit) as status:
-        m_sharpness.main(options)
-    check_refusal(status, capsys, message)
+    check_refusal(capsys, message, m_sharpness.main, options)
 
 
 def test_times_are_medians_of_ratios_within_epochs():
@@ -147,9 +139,9 @@ def test_methods_are_told_how_long_the_training_is(monkeypatch, capsys):
 
     monkeypatch.setattr(compare, "make_tx", make_tx)
     options = ["--epochs", "3", "--hyperparameters", "refresh_every=4"]
-    with pytest.raises(SystemExit) as status:
-        compare.main(["--methods", "dynamic_sparse_sam", *options])
-    check_refusal(status, capsys, "dynamic_sparse_sam for 48 steps")
+    options += ["--methods", "dynamic_sparse_sam"]
+    message = "dynamic_sparse_sam for 48 steps"
+    check_refusal(capsys, message, compare.main, options)
 
 
 def test_help_names_the_options(capsys):
@@ -183,23 +175,11 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 def test_compare_refuses_bad_options_in_one_line(tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as status:
-        compare.main([*options, "--out", str(tmp_path / "run")])
-    check_refusal(status, capsys, message)
+    options = [*options, "--out", str(tmp_path / "run")]
+    check_refusal(capsys, message, compare.main, options)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unusable_directory_of_results_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as status:
-        train.main(["--out", str(tmp_path / "file")])
-    check_refusal(status, capsys, "file")
-
-
-def check_refusal(status, capsys, message):
-    assert status.value.code == 2
-    output, error = capsys.readouterr()
-    assert output == ""
-    assert message in error
-    assert error.count("\n") == 1
-    assert error.startswith("error: ")
+    check_refusal(capsys, "file", train.main, ["--out", str(tmp_path / "file")])

@@ -1,27 +1,22 @@
 """The benchmarks on simulated devices, in configurations that take seconds."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from benchmarks import scaling, sharded_memory
-from sam_examples import sharding
+from example_support import run_script
 from sam_examples.benchmarking import collectives, sharded
+from sam_examples.devices import sharding
 from sam_examples.models.transformer import Transformer, make_language_loss_fn
 
-ROOT = Path(__file__).parents[2]
 DEVICES = 8
 TINY = ["--width=64", "--layers=3", "--hidden=128", "--heads=2", "--vocabulary=128"]
 
 
-def test_sharded_memory_is_what_the_arithmetic_says(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_sharded_memory_is_what_the_arithmetic_says(tmp_path, capsys):
     path = tmp_path / "new" / "memory.json"
     methods = ["VaSSO", "SSAM-F"]
     sizes = [f"--devices={DEVICES}", "--length=16", "--bases", "SGD"]
@@ -54,8 +49,7 @@ def test_sharded_memory_is_what_the_arithmetic_says(tmp_path, capsys, monkeypatc
     assert all(name in printed for name in rows)
 
 
-def test_scaling_counts_what_travels(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_scaling_counts_what_travels(tmp_path, capsys):
     path = tmp_path / "scaling.json"
     sizes = ["--stages", "1", "--width=8", "--batch-size=16", "--rounds=1"]
     methods = ["--methods", "sgd", "sam", "m_sam", "--devices", "1", str(DEVICES)]
@@ -183,19 +177,9 @@ def test_says_in_one_line_what_is_wrong(script, options, message, capsys):
 
 @pytest.mark.parametrize("script", ["scaling.py", "sharded_memory.py"])
 def test_a_benchmark_runs_as_a_script_on_devices_of_its_own(script):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     methods, tiny = ["--methods", "sgd", "--devices", "2"], ["--stages=1", "--width=8"]
     options = [*methods, *tiny, "--batch-size=4", "--rounds=1"]
     if script == "sharded_memory.py":
         methods = ["--bases", "AdamW", "--methods", "SAM"]
         options = [*methods, *TINY, "--devices=16", "--length=4"]
-    completed = subprocess.run(
-        [sys.executable, f"examples/benchmarks/{script}", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert completed.returncode == 0, completed.stderr
-    assert "/ params" in completed.stdout
+    assert "/ params" in run_script(f"benchmarks/{script}", *options)

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import train
 from data_files import write_image_folders
-from sam_examples import build, config, trainer
-from sam_examples import run as runs
-from sam_examples.checkpoints import Checkpoints
-from sam_examples.command_line import write_json
-from sam_examples.config_file import parse
-from sam_examples.methods import METHODS, hyperparameters, make_ascent
-from sam_examples.metrics import MetricsWriter
-from sam_examples.trainer import Trainer
-from test_scripts import TINY, check_refusal, results
+from example_support import TINY, check_refusal, results
+from sam_examples.reporting.metrics import MetricsWriter
+from sam_examples.settings import config
+from sam_examples.settings.command_line import write_json
+from sam_examples.settings.config_file import parse
+from sam_examples.settings.methods import METHODS, hyperparameters, make_ascent
+from sam_examples.training import build, trainer
+from sam_examples.training import run as runs
+from sam_examples.training.checkpoints import Checkpoints
+from sam_examples.training.trainer import Trainer
 
 PLAIN = [*TINY, "--measure-every", "0", "--devices", "1"]
 
@@ -36,9 +37,7 @@ def curves(out):
 
 
 def refuse(capsys, message, *options):
-    with pytest.raises(SystemExit) as status:
-        train.main(options)
-    check_refusal(status, capsys, message)
+    check_refusal(capsys, message, train.main, options)
 
 
 # The configuration.
@@ -462,7 +461,7 @@ def test_folders_train_and_a_damaged_image_loses_nothing(tmp_path, monkeypatch, 
 
 
 def test_a_second_signal_ends_it_at_once():
-    from sam_examples.interrupts import interruptible
+    from sam_examples.training.interrupts import interruptible
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), interruptible() as interrupt:  # noqa: PT012

@@ -1,4 +1,3 @@
-import json
 from functools import partial
 
 import jax
@@ -7,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 import train_nnx
+from example_support import TINY, check_refusal, results
 from flax import nnx
 from problems import assert_trees_close, assert_trees_differ
 from sam_examples.data import Split
-from sam_examples.methods import hyperparameters, make_tx
 from sam_examples.models import resnet
 from sam_examples.models.nnx_resnet import NORMS, ResNet
+from sam_examples.settings.methods import hyperparameters, make_tx
 
 import optax_sam
 
@@ -189,11 +189,11 @@ def test_the_network_is_that_of_linen():
 
 
 def test_the_script_reports_the_last_epoch(tmp_path, capsys):
-    sizes = ["--stages", "1", "--width", "4", "--epochs", "2", "--batch-size", "256"]
+    sizes = [*TINY, "--epochs", "2", "--batch-size", "256"]
     options = ["--method", "vasso", "--hyperparameters", "theta=0.3", "--noise", "0"]
     train_nnx.main([*sizes, *options, "--out", str(tmp_path)])
     output, progress = capsys.readouterr()
-    figures = json.loads((tmp_path / "results.json").read_text())
+    figures = results(tmp_path)
     assert figures["hyperparameters"] == {"rho": 0.5, "theta": 0.3}
     assert figures["settings"]["method"] == "vasso"
     assert {len(curve) for curve in figures["epochs"].values()} == {2}
@@ -217,10 +217,4 @@ def test_the_script_reports_the_last_epoch(tmp_path, capsys):
     ],
 )
 def test_the_script_refuses_bad_options_in_one_line(capsys, options, message):
-    with pytest.raises(SystemExit) as status:
-        train_nnx.main(options)
-    assert status.value.code == 2
-    output, error = capsys.readouterr()
-    assert output == ""
-    assert message in error
-    assert error.count("\n") == 1
+    check_refusal(capsys, message, train_nnx.main, options)

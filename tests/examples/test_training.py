@@ -6,36 +6,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sam_examples.data import Dataset, Split, normalize
-from sam_examples.evaluation import make_evaluate
-from sam_examples.methods import METHODS, hyperparameters, make_tx
+from example_support import make_dataset
+from sam_examples.data import Split, normalize
+from sam_examples.devices.sharding import by_examples, make_mesh, replicated
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
-from sam_examples.optimizers import momentum_sgd
-from sam_examples.sharding import by_examples, make_mesh, replicated
-from sam_examples.training import (
+from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
+from sam_examples.settings.optimizers import momentum_sgd
+from sam_examples.training.digits import draw_epoch, shuffled_batches
+from sam_examples.training.evaluation import make_evaluate
+from sam_examples.training.run import steps_per_call
+from sam_examples.training.step import (
     make_init,
     make_loss_fn,
+    make_prepare,
     make_scoring_loss_fn,
+    make_step,
     make_train_steps,
-    shuffled_batches,
-    steps_per_call,
 )
 
 import optax_sam
 
 SEED = 3
-
-
-def make_dataset(size=16):
-    """Noise, brighter in a row that depends on the class."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(size, dtype=np.int32) % 3
-    images = rng.normal(2, 3, (size, 4, 4, 1)).astype(np.float32)
-    images[np.arange(size), labels] += 9
-    split = Split(images, labels)
-    mean, std = np.array([4], np.float32), np.array([5], np.float32)
-    return Dataset("rows", 3, split, split, split, mean, std)
 
 
 # The stem and the head alone, which compile fast: they have both of what is tested.
@@ -49,12 +41,17 @@ def initializer(model):
     return make_init(model, make_dataset())
 
 
-def train(model, tx, indices, **kwargs):
+def compiled_steps(model, tx, augmented=False, **options):
+    prepare = make_prepare(make_dataset(), augmented)
+    return make_train_steps(make_step(model, tx, prepare, **options))
+
+
+def train(model, tx, indices, **options):
     """The state before, that after some steps, and the metrics."""
-    dataset = make_dataset()
+    batches = make_dataset().train.take(np.asarray(indices))
     before, state = initializer(model)(SEED, tx), initializer(model)(SEED, tx)
-    train_steps = make_train_steps(model, tx, dataset, **kwargs)
-    after, metrics = train_steps(state, dataset.train, indices, jax.random.key(1))
+    keys = jax.random.split(jax.random.key(1), len(indices))
+    after, metrics = compiled_steps(model, tx, **options)(state, batches, keys)
     return before, after, metrics
 
 
@@ -217,28 +214,25 @@ def test_dynamic_masks_stay_after_the_training_that_they_are_made_for():
 def test_training_compiles_once_and_donates_its_state():
     dataset = make_dataset()
     tx = optax_sam.sam(momentum_sgd(0.1, 4, 0.0), rho=0.1)
-    init, train_steps = initializer(MODEL), make_train_steps(MODEL, tx, dataset)
+    init, train_steps = initializer(MODEL), compiled_steps(MODEL, tx)
     for seed in range(2):
         state = first = init(seed, tx)
         for epoch in range(2):
-            key = jax.random.key(epoch)
-            indices = shuffled_batches(key, 16, 8)
-            state, _ = train_steps(state, dataset.train, indices, key)
+            state, _ = train_steps(state, *draw_epoch(dataset.train, 8, seed, epoch))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     assert train_steps._cache_size() == 1
 
 
 def test_batches_can_be_shared_among_devices():
     tx = optax_sam.sam(momentum_sgd(0.1, 4, 1e-3), rho=0.1)
-    dataset, indices = make_dataset(), jnp.arange(32).reshape(4, 8) % 16
+    batches = make_dataset().train.take(np.arange(32).reshape(4, 8) % 16)
+    keys = jax.random.split(jax.random.key(1), 4)
     mesh = make_mesh()
 
     def run(placement, batch_sharding):
-        train_steps = make_train_steps(
-            MODEL, tx, dataset, batch_sharding=batch_sharding
-        )
-        state, split = initializer(MODEL)(SEED, tx), dataset.train
-        inputs = *jax.device_put((state, split), placement), indices, jax.random.key(1)
+        train_steps = compiled_steps(MODEL, tx, batch_sharding=batch_sharding)
+        state = initializer(MODEL)(SEED, tx)
+        inputs = *jax.device_put((state, batches), placement), keys
         compiled = train_steps.lower(*inputs).compile()
         return compiled(*inputs), compiled.cost_analysis()["flops"]
 

@@ -17,7 +17,7 @@ from optax_sam import implicit
 from sam_examples.data import Split
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
-from sam_examples.training import LossFn, make_loss_fn
+from sam_examples.training.step import LossFn, make_loss_fn
 
 # `ascent(rho, num_steps, epoch_steps)` makes an ascent, None for the base optimizer.
 MakeAscent = Callable[[Any, int, int], optax.GradientTransformation | None]

@@ -11,15 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import optax_sam
-from sam_examples.command_line import check_stages, require, versions, write_json
 from sam_examples.data import Split
 from sam_examples.models.resnet import ResNet
-from sam_examples.training import LossFn, TrainState, make_loss_fn
+from sam_examples.reporting.tables import make_console
+from sam_examples.settings.command_line import (
+    check_stages,
+    require_at_least_one,
+    versions,
+    write_json,
+)
+from sam_examples.training.step import LossFn, TrainState, make_loss_fn
 
 BASE = optax.sgd(0.1, momentum=0.9)
 RHO = 0.1
@@ -67,12 +72,14 @@ class Compiled(NamedTuple):
     init: Callable[[], TrainState]
     cost: dict[str, float]
 
+    def turn(self, batch: Split, steps: int = 1) -> Callable[[], float]:
+        """A function that takes the next steps, see `stepping`."""
+        return stepping(self.step, self.init(), batch, steps=steps)
+
 
 def check(options: Any, *names: str) -> None:
     """Raises a ValueError unless these numbers are at least 1; makes JSON's folder."""
-    for name in names:
-        value, flag = getattr(options, name), name.replace("_", "-")
-        require(value >= 1, f"--{flag} must be at least 1", value)
+    require_at_least_one(options, *names)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
 
@@ -105,6 +112,21 @@ def engine(
         return tx, optax_sam.value_and_update(problem.loss_fn, tx, has_aux=True, **more)
 
     return row
+
+
+def sam_by_hand(
+    value_and_grad: Callable[..., Any], base: optax.GradientTransformation, rho: float
+) -> Update:
+    """The update of SAM as a careful user writes it who needs nothing else."""
+
+    def update(params: Any, opt_state: Any, *args: Any) -> Any:
+        value, grads = value_and_grad(params, *args)
+        scale = rho / (optax.tree.norm(grads) + 1e-12)
+        perturbed = jax.tree.map(lambda p, g: p + scale * g, params, grads)
+        _, grads = value_and_grad(perturbed, *args)
+        return value, *base.update(grads, opt_state, params)
+
+    return update
 
 
 def compile_step(
@@ -185,16 +207,23 @@ def in_turns(
     return seconds
 
 
-def stepping(compiled: Compiled, batch: Split, steps: int = 1) -> Callable[[], float]:
+def stepping(
+    step: Callable[..., Any], state: Any, *args: Any, steps: int = 1
+) -> Callable[[], float]:
     """A function that takes the next steps and returns the seconds of one.
 
     Of several, each is handed over while those before it run, as in a training.
-    """
-    state = compiled.init()
 
-    def take(state: TrainState) -> TrainState:
+    Args:
+      step: `step(state, *args) -> state`.
+      state: the first state.
+      *args: what else each step gets.
+      steps: how many steps to take.
+    """
+
+    def take(state: Any) -> Any:
         for _ in range(steps):
-            state = compiled.step(state, batch)
+            state = step(state, *args)
         return state
 
     def turn() -> float:
@@ -223,7 +252,7 @@ def print_table(
     for name, row in rows.items():
         cells = (f"{row[key]:.{digits}f}" if key in row else "" for key in columns)
         table.add_row(name, *cells)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def save(options: Any, **tables: Mapping[str, Figures]) -> None:

@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from sam_examples.sharding import as_shapes, of_opt_state, replicated
+from sam_examples.devices.sharding import as_shapes, of_opt_state, replicated
 
 
 class Problem(NamedTuple):
@@ -69,24 +69,6 @@ def compile_step(
     start = time.perf_counter()
     compiled = jitted.lower(problem.params, opt_state, problem.batch).compile()
     return Step(compiled, opt_state, time.perf_counter() - start)
-
-
-def sam_written_out(
-    problem: Problem, base: optax.GradientTransformation, rho: float
-) -> Callable[..., Any]:
-    """The update of SAM as a careful user writes it who needs nothing else."""
-
-    def mean_loss(params: Any, batch: jax.Array) -> jax.Array:
-        return problem.loss_fn(params, batch).mean()
-
-    def update(params: Any, opt_state: Any, batch: jax.Array) -> Any:
-        value, grads = jax.value_and_grad(mean_loss)(params, batch)
-        scale = rho / (optax.tree.norm(grads) + 1e-12)
-        perturbed = jax.tree.map(lambda p, g: p + scale * g, params, grads)
-        grads = jax.grad(mean_loss)(perturbed, batch)
-        return value, *base.update(grads, opt_state, params)
-
-    return update
 
 
 def bytes_on_a_device(shapes: Any) -> int:

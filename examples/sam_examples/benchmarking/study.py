@@ -11,22 +11,24 @@ import jax.numpy as jnp
 import optax
 
 import optax_sam
+from sam_examples.analysis.layers import make_score
 from sam_examples.benchmarking.configurations import Configuration
-from sam_examples.command_line import require
-from sam_examples.data import Dataset, Split, load_digits
-from sam_examples.evaluation import Evaluate, make_evaluate
-from sam_examples.layers import make_score
+from sam_examples.data import Dataset, load_digits
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
-from sam_examples.optimizers import momentum_sgd
-from sam_examples.training import (
+from sam_examples.settings.command_line import require
+from sam_examples.training import digits
+from sam_examples.training.digits import Epoch, draw_epoch
+from sam_examples.training.evaluation import Evaluate, make_evaluate
+from sam_examples.training.step import (
     TrainState,
     make_init,
+    make_prepare,
+    make_step,
     make_train_steps,
-    shuffled_batches,
 )
 
-Train = Callable[[TrainState, Split, jax.Array, Any], TrainState]
+Train = Callable[[TrainState, Epoch, Any], TrainState]
 
 
 class Runs:
@@ -71,14 +73,10 @@ class Digits:
     def __init__(self, options: Any) -> None:
         """Loads the digits."""
         self._options = options
+        _, self._num_steps, self._base = digits.prepare(options, 0)
+        self.epoch_steps = self._num_steps // options.epochs
         self.dataset: Callable[[int], Dataset] = cache(
             lambda seed: load_digits(options.noise, seed)
-        )
-        num_examples = len(self.dataset(0).train.labels)
-        self.epoch_steps = num_examples // options.batch_size
-        self._num_steps = options.epochs * self.epoch_steps
-        self._base = momentum_sgd(
-            options.learning_rate, self._num_steps, options.weight_decay
         )
 
     @staticmethod
@@ -95,47 +93,33 @@ class Digits:
 
     @cache  # noqa: B019
     def make_train(self, configuration: Configuration, width: int) -> Train:
-        """Makes `train(state, split, indices, rho) -> state`, which donates."""
+        """Makes `train(state, epoch, rho) -> state`, which donates the state."""
         model = self.model(width)
         ascent_loss_fn = configuration.make_ascent_loss_fn(model)
 
-        def train(
-            state: TrainState, split: Split, indices: jax.Array, rho: Any
-        ) -> TrainState:
-            train_steps = make_train_steps(
+        def train(state: TrainState, epoch: Epoch, rho: Any) -> TrainState:
+            step = make_step(
                 model,
                 self.make_tx(configuration, rho),
-                self.dataset(0),
+                make_prepare(self.dataset(0)),
                 ascent_loss_fn=ascent_loss_fn,
             )
-            # Nothing is drawn with the key, as there is no dropout.
-            state, _ = train_steps(state, split, indices, jax.random.key(0))
+            state, _ = make_train_steps(step)(state, *epoch)
             return state
 
         return jax.jit(train, donate_argnums=0)
 
-    def start(
-        self, configuration: Configuration, width: int, seed: int
-    ) -> tuple[TrainState, Split]:
-        """The first state of a training, and the split that it trains on."""
-        tx = self.make_tx(configuration, 1.0)
-        state = self._init(width)(seed, tx)
-        return state, jax.tree.map(jnp.asarray, self.dataset(seed).train)
+    def start(self, configuration: Configuration, width: int, seed: int) -> TrainState:
+        """The first state of a training."""
+        state: TrainState = self._init(width)(seed, self.make_tx(configuration, 1.0))
+        return state
 
-    def batches(self, seed: int, epochs: int) -> jax.Array:
-        """Indices `[steps, batch_size]` of the examples of each step."""
-        num_examples = len(self.dataset(seed).train.labels)
-        key = jax.random.key(seed)
-        return jnp.concatenate(
-            [
-                shuffled_batches(
-                    jax.random.fold_in(key, epoch),
-                    num_examples,
-                    self._options.batch_size,
-                )
-                for epoch in range(epochs)
-            ]
-        )
+    def epochs(self, seed: int, number: int) -> Epoch:
+        """So many epochs, as one."""
+        split, size = self.dataset(seed).train, self._options.batch_size
+        epochs = [draw_epoch(split, size, seed, i) for i in range(number)]
+        together: Epoch = jax.tree.map(lambda *x: jnp.concatenate(x), *epochs)
+        return together
 
     def accuracies(self, state: TrainState, width: int, seed: int) -> dict[str, float]:
         """Accuracy on the validation and the test split."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,22 +12,31 @@ import tyro
 from tqdm import tqdm
 
 from sam_examples.benchmarking.configurations import SAM, SGD, Configuration
-from sam_examples.benchmarking.measure import in_turns, time_ratio, timed
+from sam_examples.benchmarking.measure import in_turns, stepping, time_ratio
 from sam_examples.benchmarking.study import Digits, Runs, best_rho
-from sam_examples.command_line import (
+from sam_examples.reporting.figures import plot_accuracy_over_time
+from sam_examples.reporting.tables import print_trade_off
+from sam_examples.settings.command_line import (
     NoisyDigits,
-    check_training,
     make_run_directory,
     one_line_errors,
     require,
+    require_at_least_one,
     versions,
     write_json,
 )
-from sam_examples.figures import plot_accuracy_over_time
-from sam_examples.report import print_trade_off
 
 TUNING_SEED = 1000
 SETTINGS = ("epochs", "noise", "batch_size", "learning_rate", "weight_decay", "width")
+
+HELP = """
+A small ResNet learns the digits with label noise, as in compare.py. Every configuration
+gets the rho that does best on the validation split, and is then trained with other
+seeds, whose test accuracy counts. Its steps are timed in turns with those of all
+others. Every training is added to runs.jsonl in --out as it ends, and not repeated if
+found there. Prints a table; writes results.json and, for each width that is timed, a
+plot.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Options(NoisyDigits):
     """The options of a study."""
 
     configurations: tuple[str, ...] = ()
-    """Names of the configurations, the rows of the table."""
+    """The rows of the table, by default all there are."""
     seeds: int = 5
     """Seeds of the figures, from 0 on."""
     tuning_seeds: int = 2
@@ -66,7 +75,7 @@ class Study:
         if configuration.chosen is None:
             return configuration
         width, sparsity = self.options.width, configuration.chosen
-        state, _ = self.digits.start(self.configurations[SGD], width, TUNING_SEED)
+        state = self.digits.start(self.configurations[SGD], width, TUNING_SEED)
         structure = jax.tree.structure(state.params)
 
         def choose() -> list[bool]:
@@ -86,8 +95,8 @@ class Study:
         train = self.digits.make_train(configuration, options.width)
 
         def run(rho: float, seed: int) -> Any:
-            start = self.digits.start(configuration, options.width, seed)
-            return train(*start, self.digits.batches(seed, options.epochs), rho)
+            state = self.digits.start(configuration, options.width, seed)
+            return train(state, self.digits.epochs(seed, options.epochs), rho)
 
         return run
 
@@ -124,39 +133,21 @@ class Study:
     def times(self, width: int) -> dict[str, float]:
         """Times of a step over that of SGD, at this width, and SGD's seconds."""
         turns = {}
-        indices = self.digits.batches(0, epochs=1)
+        epoch = self.digits.epochs(0, 1)
         for name in tqdm(self.options.configurations, desc="compile"):
             configuration = self.configuration(name)
-            turns[name] = _training(
-                self.digits.make_train(configuration, width),
-                *self.digits.start(configuration, width, 0),
-                indices,
-            )
+            train = self.digits.make_train(configuration, width)
+            state = self.digits.start(configuration, width, 0)
+            turns[name] = stepping(train, state, epoch, 0.1)
         seconds = in_turns(turns, self.options.timing_rounds)
         ratios = {name: time_ratio(seconds, name, SGD) for name in turns}
-        sgd = float(np.median(seconds[SGD])) / len(indices)
+        sgd = float(np.median(seconds[SGD])) / len(epoch.keys)
         return {"sgd_seconds": sgd, "load": os.getloadavg()[0], **ratios}
 
 
-def _training(train: Any, state: Any, split: Any, indices: Any) -> Callable[[], float]:
-    """A function that trains for another epoch and returns its seconds."""
-
-    def turn() -> float:
-        nonlocal state
-        state, seconds = timed(train, state, split, indices, 0.1)
-        return seconds
-
-    return turn
-
-
-def check(
-    options: Options, configurations: Mapping[str, Configuration], num_examples: int
-) -> None:
-    """Raises a ValueError if an option is out of range."""
-    check_training(options, num_examples)
-    for name in ("seeds", "tuning_seeds", "timing_rounds"):
-        value, flag = getattr(options, name), name.replace("_", "-")
-        require(value >= 1, f"--{flag} must be at least 1", value)
+def check(options: Options, configurations: Mapping[str, Configuration]) -> None:
+    """Raises a ValueError if an option of a study is out of range."""
+    require_at_least_one(options, "seeds", "tuning_seeds", "timing_rounds")
     for name in options.configurations:
         names = "; ".join(configurations)
         require(name in configurations, f"--configurations are out of {names}", name)
@@ -166,23 +157,31 @@ def check(
 
 
 def run(
-    options: Options,
+    args: Sequence[str] | None,
     configurations: Mapping[str, Configuration],
     *,
+    purpose: str,
     name: str,
     title: str,
 ) -> None:
     """Runs a study, prints its table, and writes figures and plots.
 
     Args:
-      options: see `Options`.
+      args: the command line, see `Options`.
       configurations: the rows to choose from, with `SGD` and `SAM`.
+      purpose: begins the help.
       name: of the directory of the results.
       title: of the table and the plots.
     """
+    options = tyro.cli(
+        Options,
+        default=Options(configurations=tuple(configurations)),
+        description=f"{purpose}\n\n{HELP}",
+        args=args,
+    )
     with one_line_errors():
         digits = Digits(options)
-        check(options, configurations, len(digits.dataset(0).train.labels))
+        check(options, configurations)
         directory = make_run_directory(options.out, name)
         settings = {setting: getattr(options, setting) for setting in SETTINGS}
         runs = Runs(directory / "runs.jsonl", settings)

@@ -4,7 +4,7 @@ Each comes as a training, a validation and a test split. Whatever is chosen, is 
 on the validation split; the test split is for reporting.
 """
 
-from sam_examples.data.augmentation import augment, normalize
+from sam_examples.data.augmentation import augment, normalize, normalized
 from sam_examples.data.cifar import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -46,6 +46,7 @@ __all__ = [
     "load_digits",
     "load_image_folders",
     "normalize",
+    "normalized",
     "prefetched",
     "random_resized_crop",
     "sample_crop",

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from sam_examples.data.splits import Dataset, Split
+
 
 def normalize(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     """Gives every channel of `[B, H, W, C]` mean 0 and deviation 1, in float32.
@@ -19,6 +21,13 @@ def normalize(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     channels = (1, 1, 1, -1)
     centred = jnp.asarray(images, jnp.float32) - jnp.reshape(mean, channels)
     return centred / jnp.reshape(std, channels)
+
+
+def normalized(split: Split, dataset: Dataset) -> Split:
+    """The examples of a split or a batch as a model sees them."""
+    return Split(
+        normalize(split.images, dataset.mean, dataset.std), jnp.asarray(split.labels)
+    )
 
 
 def augment(

@@ -61,10 +61,10 @@ def training_batches(
     own = _own_rows(batch_size, process_index, process_count)
     order = _Order(len(split.labels), batch_size, seed)
     if isinstance(split, Split) and transform is None:
-        gather = _gather(split)
+        examples = _in_memory(split)
 
         def batch(step: int) -> Split:
-            return gather(order.examples(step)[1][own])
+            return examples.take(order.examples(step)[1][own])
     else:
         random_image = _on_images(transform or _crop_of(split))
         source = grain.MapDataset.source(_Examples(split))
@@ -106,7 +106,7 @@ def evaluation_batches(
     """
     num_examples = len(split.labels)
     own = _own_rows(batch_size, process_index, process_count)
-    gather = _gather(split) if isinstance(split, Split) else _center_crops(split)
+    gather = _in_memory(split).take if isinstance(split, Split) else _crops(split)
 
     def batch(step: int) -> tuple[Split, np.ndarray]:
         rows = step * batch_size + np.arange(batch_size)[own]
@@ -154,9 +154,7 @@ class _Examples:
     """A source of single examples."""
 
     def __init__(self, split: Split | ImageFolder) -> None:
-        if isinstance(split, Split):
-            split = Split(*map(np.asarray, split))
-        self._split = split
+        self._split = _in_memory(split) if isinstance(split, Split) else split
 
     def __len__(self) -> int:
         return len(self._split.labels)
@@ -184,16 +182,11 @@ def _own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * size, (process_index + 1) * size)
 
 
-def _gather(split: Split) -> Callable[[np.ndarray], Split]:
-    images, labels = np.asarray(split.images), np.asarray(split.labels)
-
-    def gather(rows: np.ndarray) -> Split:
-        return Split(images[rows], labels[rows])
-
-    return gather
+def _in_memory(split: Split) -> Split:
+    return Split(*map(np.asarray, split))
 
 
-def _center_crops(folder: ImageFolder) -> Callable[[np.ndarray], Split]:
+def _crops(folder: ImageFolder) -> Callable[[np.ndarray], Split]:
     def gather(rows: np.ndarray) -> Split:
         images = np.zeros((len(rows), *folder.image_shape), np.uint8)
         for image, row in zip(images, rows, strict=True):

@@ -21,6 +21,10 @@ class Split(NamedTuple):
         """Height, width and channels of an image."""
         return tuple(self.images.shape[1:])
 
+    def take(self, indices: Any) -> "Split":
+        """The examples of these indices, in their shape and order."""
+        return Split(self.images[indices], self.labels[indices])
+
 
 class Dataset(NamedTuple):
     """A data set in three splits.

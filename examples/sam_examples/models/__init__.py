@@ -34,10 +34,12 @@ def make(
     dropout: float = 0.0,
     width: int | None = None,
     stages: Sequence[int] | None = None,
+    shared_names: bool = True,
 ) -> nn.Module:
     """Builds a model by name, for images of one size.
 
-    Its parameters have the same names and shapes whatever `conv` and `dense` are.
+    Its parameters have the same shapes, and by default names, whatever `conv` and
+    `dense` are.
 
     Args:
       name: out of `MODELS`.
@@ -57,6 +59,8 @@ def make(
         for CPUs. As published, 64 (ResNet, VGG) or 16 (wide ResNet, which has
         `widen_factor` times as many in the first stage, PyramidNet and `resnet8`).
       stages: blocks, or for VGG convolutions, in each stage, in place of the published.
+      shared_names: False to name the layers of a ResNet, and of no other family, after
+        their classes.
 
     Raises:
       ValueError: if there is no such model, or an option is out of range or does not
@@ -79,6 +83,8 @@ def make(
                 f"got {tuple(stages)}."
             )
         sizes["stages"] = tuple(stages)
+    if not shared_names:
+        sizes["shared_names"] = False
     layers = {"conv": conv, "dense": dense}
     options: dict[str, Any] = {"dtype": dtype, "dropout_rate": dropout, "norm": norm}
     options |= {field: layer for field, layer in layers.items() if layer is not None}
@@ -92,6 +98,7 @@ def _resnet(
     image_size: int,
     width: int = 64,
     stages: Sequence[int] = (2, 2, 2, 2),
+    shared_names: bool = True,
     **fields: Any,
 ) -> nn.Module:
     return resnet.ResNet(
@@ -99,7 +106,7 @@ def _resnet(
         num_classes,
         width,
         stem="cifar" if image_size <= SMALL else "imagenet",
-        shared_names=True,
+        shared_names=shared_names,
         **_with_norm(name, options, width),
         **fields,
     )

@@ -6,36 +6,39 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam import diagnostics
-from sam_examples.build import Optimizer, make_ascent_loss_fn
-from sam_examples.command_line import one_line_errors
-from sam_examples.config import Config
 from sam_examples.data import Dataset, Split, evaluation_batches, prefetched
-from sam_examples.evaluation import make_evaluate_batch
-from sam_examples.sharding import (
+from sam_examples.devices.sharding import (
     AXIS,
     by_examples,
-    by_first_divisible_axis,
     make_mesh,
     of_opt_state,
+    of_params,
     on_mesh,
     replicated,
 )
-from sam_examples.training import (
+from sam_examples.settings.command_line import one_line_errors
+from sam_examples.settings.config import Config
+from sam_examples.training.build import Optimizer, make_ascent_loss_fn
+from sam_examples.training.evaluation import make_evaluate_batch
+from sam_examples.training.step import (
     LossFn,
     Metrics,
+    Prepare,
     TrainState,
     make_init,
     make_loss_fn,
     make_prepare,
     make_scoring_loss_fn,
     make_step,
-    make_train_batches,
+    make_train_steps,
 )
 
 EVALUATION_BATCH = 512
+_fold_in_each: Any = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
 class Trainer:
@@ -61,29 +64,27 @@ class Trainer:
         self.state = self._init(config, dataset, model)
         self.count = 0
         ascent_loss_fn = make_ascent_loss_fn(config, dataset)
+        prepare = make_prepare(dataset, config.augment)
         step = make_step(
             model,
             optimizer.tx,
-            dataset,
-            augmented=config.augment,
+            prepare,
             ascent_loss_fn=ascent_loss_fn,
             batch_sharding=by_examples(self._mesh),
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        self._train = make_train_batches(step, (shardings, replicated(self._mesh)))
-        self._evaluate = make_evaluate_batch(model, dataset)
+        self._train = make_train_steps(
+            step, out_shardings=(shardings, replicated(self._mesh))
+        )
+        self._evaluate = jax.jit(make_evaluate_batch(model, dataset))
         self._measure = None
         if optimizer.ascent is not None:
-            self._measure = make_measure(
-                model, optimizer, dataset, config.augment, ascent_loss_fn
-            )
+            self._measure = make_measure(model, optimizer, prepare, ascent_loss_fn)
 
     def _init(self, config: Config, dataset: Dataset, model: nn.Module) -> TrainState:
         everywhere = replicated(self._mesh)
         drawn = make_init(model, dataset)(config.seed, optax.identity())
-        params = jax.tree.map(lambda _: everywhere, drawn.params)
-        if config.fully_sharded:
-            params = by_first_divisible_axis(self._mesh, drawn.params)
+        params = of_params(self._mesh, drawn.params, config.fully_sharded)
         drawn = TrainState(
             jax.device_put(drawn.params, params),
             jax.device_put(drawn.batch_stats, everywhere),
@@ -98,9 +99,10 @@ class Trainer:
         The metrics are means over the steps; they may not be computed yet.
         """
         batches = self._place(batches, None, AXIS)
-        self.state, metrics = self._train(self.state, batches, self.count, self._key)
-        self.count += len(batches.labels)
-        self._latest = batches
+        keys = self._step_keys(len(batches.labels))
+        self.state, metrics = self._train(self.state, batches, keys)
+        self.count += len(keys)
+        self._latest = batches, keys
         means: Metrics = metrics
         return means
 
@@ -108,7 +110,7 @@ class Trainer:
         """Metrics of the ascent on the latest batch, by name; none without ascent."""
         if self._measure is None:
             return {}
-        measured = self._measure(self.state, self._latest, self.count - 1, self._key)
+        measured = self._measure(self.state, *self._latest)
         return {name: float(value) for name, value in measured._asdict().items()}
 
     def evaluate(self, split: Any) -> tuple[float, float]:
@@ -125,6 +127,11 @@ class Trainer:
         batches.close()
         loss, accuracy = (x / len(split.labels) for x in total)
         return loss, accuracy
+
+    def _step_keys(self, steps: int) -> jax.Array:
+        """What a step draws depends on its number and the seed alone."""
+        keys: jax.Array = _fold_in_each(self._key, self.count + np.arange(steps))
+        return keys
 
     def _place(self, batch: Any, *axes: str | None) -> Any:
         return jax.device_put(batch, on_mesh(self._mesh, *axes))
@@ -161,16 +168,14 @@ def make_opt_init(
 def make_measure(
     model: nn.Module,
     optimizer: Optimizer,
-    dataset: Dataset,
-    augmented: bool,
+    prepare: Prepare,
     ascent_loss_fn: LossFn | None,
 ) -> Any:
-    """Makes `measure(state, batches, count, key) -> AscentMetrics`, compiled.
+    """Makes `measure(state, batches, keys) -> AscentMetrics`, compiled.
 
-    It is that of the last of the batches, as step number `count` sees it: of all its
-    images together, or the mean over those that ascend together.
+    It is that of the last of the batches, as its step sees it: of all its images
+    together, or the mean over those that ascend together.
     """
-    prepare = make_prepare(dataset, augmented)
     of_batch = diagnostics.ascent_metrics(
         make_loss_fn(model),
         optimizer.ascent,
@@ -179,11 +184,8 @@ def make_measure(
         scoring_loss_fn=make_scoring_loss_fn(model),
     )
 
-    def measure(
-        state: TrainState, batches: Split, count: jax.Array, key: jax.Array
-    ) -> Any:
-        last = jax.tree.map(lambda x: x[-1], batches)
-        batch, dropout_key = prepare(last, jax.random.fold_in(key, count))
+    def measure(state: TrainState, batches: Split, keys: jax.Array) -> Any:
+        batch, dropout_key = prepare(batches.take(-1), keys[-1])
         ascent_state, size = state.opt_state.ascent_state, optimizer.micro_batch_size
 
         def of_part(part: Split) -> Any:

@@ -14,8 +14,8 @@ from typing import Any, get_args, get_type_hints
 
 import tyro
 
-from sam_examples.command_line import require
-from sam_examples.config import Config, suitable
+from sam_examples.settings.command_line import require
+from sam_examples.settings.config import Config, suitable
 
 
 def parse(args: Sequence[str]) -> Config:

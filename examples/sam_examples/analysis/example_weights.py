@@ -10,17 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import optax_sam
-from sam_examples.data import Dataset, Split, load_digits, normalize
-from sam_examples.figures import plot_weights
-from sam_examples.training import TrainState, make_loss_fn, shuffled_batches
-
-
-def prepared(split: Split, dataset: Dataset) -> Split:
-    """A split as a model sees it."""
-    return Split(
-        normalize(jnp.asarray(split.images), dataset.mean, dataset.std),
-        jnp.asarray(split.labels),
-    )
+from sam_examples.data import Dataset, Split, load_digits, normalized
+from sam_examples.reporting.figures import plot_weights
+from sam_examples.training.digits import shuffled_batches
+from sam_examples.training.step import TrainState, make_loss_fn
 
 
 class WeightsOverTime:
@@ -36,10 +29,8 @@ class WeightsOverTime:
     ) -> None:
         """Cuts the training images into batches."""
         key = jax.random.key(0)
-        index = shuffled_batches(key, len(dataset.train.labels), batch_size)
-        self.index = np.asarray(index)
-        train = prepared(dataset.train, dataset)
-        self._batches = jax.tree.map(lambda x: x[index], train)
+        self.index = shuffled_batches(key, len(dataset.train.labels), batch_size)
+        self._batches = normalized(dataset.train, dataset).take(self.index)
         self._weigh = make_weigh(model, values)
         self.weights: list[np.ndarray] = []
 

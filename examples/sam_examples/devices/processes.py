@@ -6,8 +6,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from sam_examples.command_line import require
-from sam_examples.sharding import simulate_devices
+from sam_examples.devices.sharding import simulate_devices
+from sam_examples.settings.command_line import require
 
 Int = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 

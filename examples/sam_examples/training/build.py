@@ -10,20 +10,23 @@ import jax.numpy as jnp
 
 import optax_sam
 from optax_sam import implicit
-from sam_examples.command_line import require
-from sam_examples.config import Config
 from sam_examples.data import Dataset, Split
-from sam_examples.methods import make_ascent, sharpen
 from sam_examples.models import make
 from sam_examples.models.convolution import PatchConv, fastest_convolution
-from sam_examples.optimizers import make_base, make_schedule
-from sam_examples.training import LossFn, make_loss_fn
+from sam_examples.settings.command_line import NoisyDigits, require
+from sam_examples.settings.config import Config
+from sam_examples.settings.methods import make_ascent, sharpen
+from sam_examples.settings.optimizers import make_base, make_schedule
+from sam_examples.training.step import LossFn, make_loss_fn
 
 
 def make_network(
-    config: Config, dataset: Dataset, *, backward: implicit.Channels | None = None
+    config: Config | NoisyDigits,
+    dataset: Dataset,
+    *,
+    backward: implicit.Channels | None = None,
 ) -> nn.Module:
-    """The model of a configuration, with convolutions that are fast here.
+    """The model of a training, with convolutions that are fast here.
 
     Args:
       config: names the model.
@@ -50,6 +53,7 @@ def make_network(
         dropout=config.dropout,
         width=config.width,
         stages=config.stages,
+        shared_names=config.shared_names,
     )
     return model
 

@@ -72,6 +72,13 @@ def by_first_divisible_axis(mesh: Mesh, params: Any) -> Any:
     return jax.tree.map(shard, params)
 
 
+def of_params(mesh: Mesh, params: Any, fully_sharded: bool) -> Any:
+    """The shardings of parameters: a part of each for every device, or a copy."""
+    if fully_sharded:
+        return by_first_divisible_axis(mesh, params)
+    return jax.tree.map(lambda _: replicated(mesh), params)
+
+
 def of_opt_state(
     tx: optax.GradientTransformation, opt_state: Any, params: Any, param_shardings: Any
 ) -> Any:

@@ -9,18 +9,34 @@ import flax.linen as nn
 import numpy as np
 
 from optax_sam import diagnostics
-from sam_examples.build import Optimizer
-from sam_examples.checkpoints import Checkpoints, Progress
-from sam_examples.config import Config
-from sam_examples.data import Dataset, prefetched, training_batches
-from sam_examples.metrics import MetricsWriter
-from sam_examples.trainer import Trainer, next_batches
-from sam_examples.training import Metrics, steps_per_call
+from sam_examples.data import (
+    Dataset,
+    ImageFolder,
+    Split,
+    prefetched,
+    training_batches,
+)
+from sam_examples.reporting.metrics import MetricsWriter
+from sam_examples.settings.config import OF_THE_MACHINE, Config, as_json
+from sam_examples.training.build import Optimizer
+from sam_examples.training.checkpoints import Checkpoints, Progress, checksum
+from sam_examples.training.step import Metrics
+from sam_examples.training.trainer import Trainer, next_batches
 
 # Bounds what a call's batches take, on the host and on the device.
 BYTES_PER_CALL = 2**26
 # Speeds are medians over so many calls, the latest.
 MOST_TIMES = 1000
+
+
+def steps_per_call(num_steps: int, at_most: int = 16) -> int:
+    """The most steps of one call that divide an epoch evenly: one shape, one compile.
+
+    Args:
+      num_steps: steps of an epoch.
+      at_most: bounds how long nothing is heard of a call.
+    """
+    return max(d for d in range(1, at_most + 1) if num_steps % d == 0)
 
 
 class Run:
@@ -175,3 +191,26 @@ class Run:
         self.step_seconds = progress.step_seconds
         self._data = progress.data
         self._batches.set_state(progress.data)
+
+
+def training_settings(
+    config: Config, chosen: Mapping[str, Any], dataset: Dataset
+) -> dict[str, Any]:
+    """All that the outcome of a training depends on, as it is in JSON.
+
+    The images and labels count, and not where they were read from.
+    """
+    settings = {**as_json(config), **chosen}
+    for name in (*OF_THE_MACHINE, "hyperparameters"):
+        del settings[name]
+    settings["checksum of the data"] = checksum(
+        [_content(split) for split in (dataset.train, dataset.valid, dataset.test)]
+    )
+    return settings
+
+
+def _content(split: Split | ImageFolder) -> Any:
+    if isinstance(split, Split):
+        return split
+    # Of images on the disk, which may be many gigabytes, their names stand for them.
+    return split.labels, "\n".join(split.files)

@@ -3,37 +3,37 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import tyro
 
-from sam_examples.checkpoints import checksum
-from sam_examples.command_line import check_training, require
 from sam_examples.data import (
     Dataset,
-    ImageFolder,
-    Split,
     load_cifar10,
     load_cifar100,
     load_digits,
     load_image_folders,
 )
-from sam_examples.methods import (
+from sam_examples.models import MODELS
+from sam_examples.settings.command_line import (
+    Directory,
+    Float,
+    Int,
+    Training,
+    require,
+    require_at_least_one,
+)
+from sam_examples.settings.methods import (
     CIFAR10_HYPERPARAMETERS,
     METHODS,
     Hyperparameters,
     parts,
 )
-from sam_examples.models import MODELS
-
-Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-Int = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Training):
     """Trains a model with one method, and reports its accuracy on held-out images.
 
     The accuracy is that after the last epoch, on images that nothing was chosen on.
@@ -44,12 +44,12 @@ class Config:
     goes on from it bit for bit, on as many devices as before.
     """
 
+    shared_names: ClassVar[bool] = True
+
     dataset: Literal["digits", "cifar10", "cifar100", "imagenet"] = "digits"
     """The digits come with scikit-learn; the others are read from --data-dir."""
     data_dir: Directory = None
     """Where the unpacked archive of CIFAR is, or ImageNet's train/ and val/."""
-    noise: float = 0.0
-    """Share of the training labels that are replaced by another class."""
     noise_seed: int = 0
     """Draws which labels are replaced, and by what."""
     train_on_all: bool = False
@@ -61,14 +61,6 @@ class Config:
     model: Annotated[str, tyro.conf.arg(help=f"Out of {', '.join(MODELS)}.")] = (
         "resnet8"
     )
-    width: Int = 8
-    """Channels of the first stage, or their factor, see models; narrow suits a CPU."""
-    stages: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")] = None
-    """Blocks in each stage, in place of the model's."""
-    norm: Literal["batch", "group"] = "batch"
-    """Normalisation: over the batch, or over groups of channels of each image."""
-    dropout: float = 0.0
-    """Dropout rate, where the model has dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, losses and states are in float32."""
 
@@ -92,18 +84,10 @@ class Config:
     """Optimizer that moves the parameters: any of Optax, such as adamw."""
     base_hyperparameters: tuple[str, ...] = ()
     """Further arguments of the base, such as momentum=0.95 nesterov=True."""
-    learning_rate: float = 0.1
-    """The largest one."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Whether the learning rate falls to 0 along half a cosine."""
     warmup_epochs: float = 0.0
     """Epochs in which the learning rate rises from 0 at first."""
-    weight_decay: float = 3e-3
-    """That of the base, if it has one; for others, such as sgd, an L2 penalty."""
-    epochs: int = 40
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images of a step."""
     seed: int = 0
     """Draws parameters, batches, augmentation, dropout and the method's numbers."""
 
@@ -111,8 +95,6 @@ class Config:
     """Devices that share each batch; by default as many as can share it evenly."""
     fully_sharded: bool = False
     """Devices share parameters and optimizer state too, in place of copies."""
-    out: Directory = None
-    """Directory of the results. By default a new one in runs/."""
     checkpoint_every: Annotated[int, tyro.conf.arg(metavar="EPOCHS")] = 1
     """Epochs from a checkpoint to the next; the last epoch always makes one."""
     keep: int = 3
@@ -126,7 +108,7 @@ class Config:
 
 
 # What does not change the outcome of a training, but for rounding.
-_OF_THE_MACHINE = (
+OF_THE_MACHINE = (
     "data_dir",
     "devices",
     "fully_sharded",
@@ -229,20 +211,16 @@ def load(config: Config) -> Dataset:
     return dataset
 
 
-def check(config: Config, num_examples: int) -> None:
-    """Raises a ValueError if a setting is out of range; the message says which."""
-    check_training(config, num_examples)
-
-
 def check_without_data(config: Config) -> None:
-    """Does the same for the settings that can be checked before anything is read."""
+    """Raises a ValueError if a setting is wrong that can be checked without the data.
+
+    The message says which; `check_training` checks the others.
+    """
     require(0 <= config.noise <= 1, "--noise must be from 0 to 1", config.noise)
     for name in ("seed", "noise_seed"):
         value, flag = getattr(config, name), name.replace("_", "-")
         require(0 <= value < 2**32, f"--{flag} must be from 0 to 2**32 - 1", value)
-    for name in ("ascent_part", "checkpoint_every", "keep"):
-        value, flag = getattr(config, name), name.replace("_", "-")
-        require(value >= 1, f"--{flag} must be at least 1", value)
+    require_at_least_one(config, "ascent_part", "checkpoint_every", "keep")
     require(
         config.measure_every >= 0,
         "--measure-every must be at least 0",
@@ -286,29 +264,6 @@ def as_json(config: Config) -> dict[str, Any]:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
     }
-
-
-def training_settings(
-    config: Config, chosen: Mapping[str, Any], dataset: Dataset
-) -> dict[str, Any]:
-    """All that the outcome of a training depends on, as it is in JSON.
-
-    The images and labels count, and not where they were read from.
-    """
-    settings = {**as_json(config), **chosen}
-    for name in (*_OF_THE_MACHINE, "hyperparameters"):
-        del settings[name]
-    settings["checksum of the data"] = checksum(
-        [_content(split) for split in (dataset.train, dataset.valid, dataset.test)]
-    )
-    return settings
-
-
-def _content(split: Split | ImageFolder) -> Any:
-    if isinstance(split, Split):
-        return split
-    # Of images on the disk, which may be many gigabytes, their names stand for them.
-    return split.labels, "\n".join(split.files)
 
 
 def num_devices(config: Config) -> int:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import optax_sam
-from sam_examples.data import Dataset, Split, normalize
-from sam_examples.training import TrainState, make_scoring_loss_fn
+from sam_examples.data import Dataset, normalized
+from sam_examples.training.step import TrainState, make_scoring_loss_fn
 
 
 def make_score(
@@ -23,8 +23,7 @@ def make_score(
       dataset: its first training images are scored.
       num_examples: how many images are scored.
     """
-    images, labels = (jnp.asarray(x[:num_examples]) for x in dataset.train)
-    batch = Split(normalize(images, dataset.mean, dataset.std), labels)
+    batch = normalized(dataset.train.take(slice(num_examples)), dataset)
     loss_fn = make_scoring_loss_fn(model)
 
     def score(params: Any, batch_stats: Any) -> Any:

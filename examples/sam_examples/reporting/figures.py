@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sam_examples.report import SGD, Curves
+from sam_examples.reporting.tables import SGD, Curves
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the line styles remain
 # in grey.

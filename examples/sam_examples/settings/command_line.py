@@ -9,37 +9,60 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
+import tyro
 
 import optax_sam
 
+Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+Int = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+
 
 @dataclasses.dataclass(frozen=True)
-class NoisyDigits:
-    """The options of a training on the digits with label noise."""
+class Training:
+    """The options of any training."""
 
     epochs: int = 40
-    """Passes over the 1,025 training images."""
-    noise: float = 0.6
+    """Passes over the training images."""
+    noise: float = 0.0
     """Share of the training labels that are replaced by another class."""
     batch_size: int = 64
     """Images of a step."""
     learning_rate: float = 0.1
-    """At the start; it falls to 0 along a cosine."""
+    """The largest one; it falls to 0 along a cosine by default."""
     weight_decay: float = 3e-3
-    """L2 penalty of all parameters, the same for all methods."""
+    """An L2 penalty of all parameters, or the base's own if it has one."""
+    stages: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")] = None
+    """Blocks in each stage, in place of the model's."""
+    width: Int = 8
+    """Channels of the first stage, or their factor, see models; narrow suits a CPU."""
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation: over the batch, or over groups of channels of each image."""
+    dropout: float = 0.0
+    """Dropout rate, where the model has dropout."""
+    out: Directory = None
+    """Directory of the results. By default a new one in runs/."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyDigits(Training):
+    """The options of a training on the digits with label noise."""
+
+    # What is no option here, and is one of train.py. Its layers have names of their
+    # own; here they have those of their classes.
+    model: ClassVar[str] = "resnet8"
+    dtype: ClassVar[str] = "float32"
+    shared_names: ClassVar[bool] = False
+
+    noise: float = 0.6
+    """Share of the training labels that are replaced by another class."""
     stages: tuple[int, ...] = (1, 1, 1)
     """Blocks in each stage of the ResNet."""
     width: int = 8
     """Channels of the first stage, which double in each stage."""
-    norm: Literal["batch", "group"] = "batch"
-    """Normalisation; only that of groups keeps the examples of a batch apart."""
-    dropout: float = 0.0
-    """Dropout rate on the features before the last layer."""
-    out: Path | None = None
-    """Directory of the results. By default a new one in runs/."""
 
 
 @contextmanager
@@ -58,15 +81,20 @@ def require(condition: bool, requirement: str, value: object) -> None:
         raise ValueError(f"{requirement}, got {value}.")
 
 
-def check_training(options: Any, num_examples: int) -> None:
+def require_at_least_one(options: Any, *names: str) -> None:
+    """Raises a ValueError unless these options, where given, are at least 1."""
+    for name in names:
+        value, flag = getattr(options, name), name.replace("_", "-")
+        require(value is None or value >= 1, f"--{flag} must be at least 1", value)
+
+
+def check_training(options: Training, num_examples: int) -> None:
     """Checks the options of any training, given the number of training images.
 
     Raises:
       ValueError: if one is out of range; the message says which range.
     """
-    for name in ("epochs", "width", "batch_size"):
-        value, flag = getattr(options, name), name.replace("_", "-")
-        require(value is None or value >= 1, f"--{flag} must be at least 1", value)
+    require_at_least_one(options, "epochs", "width", "batch_size")
     if options.stages is not None:
         check_stages("stages", options.stages)
     require(

@@ -1,4 +1,4 @@
-"""The training loop of the examples: one compiled function trains many steps.
+"""The training step of the examples, and one compiled function that takes many.
 
 Nothing here depends on the method; `optax_sam.value_and_update` makes the step of any
 Optax optimizer. The loss keeps to what sharpness-aware methods ask of it: it returns
@@ -17,9 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_sam
-from sam_examples.data import Dataset, Split, augment, normalize
-from sam_examples.models.convolution import fastest_convolution
-from sam_examples.models.resnet import NORMS, ResNet
+from sam_examples.data import Dataset, Split, augment, normalized
 
 
 class TrainState(NamedTuple):
@@ -50,6 +48,9 @@ class Metrics(NamedTuple):
 
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]
 InitState = Callable[[int, optax.GradientTransformation], TrainState]
+# step(state, batch, key) and prepare(batch, key), see make_step.
+Step = Callable[[TrainState, Split, jax.Array], tuple[TrainState, Metrics]]
+Prepare = Callable[[Split, jax.Array], tuple[Split, jax.Array]]
 
 
 def make_loss_fn(model: nn.Module) -> LossFn:
@@ -97,23 +98,6 @@ def make_scoring_loss_fn(model: nn.Module) -> Callable[..., jax.Array]:
     return scoring_loss_fn
 
 
-def make_model(settings: Any, num_classes: int) -> ResNet:
-    """The ResNet of some settings, with the convolution that is fastest here.
-
-    Args:
-      settings: has `stages`, `width`, `norm` and `dropout`.
-      num_classes: number of logits.
-    """
-    return ResNet(
-        stage_sizes=settings.stages,
-        num_classes=num_classes,
-        width=settings.width,
-        norm=NORMS[settings.norm],
-        dropout_rate=settings.dropout,
-        conv=fastest_convolution(jax.default_backend()),
-    )
-
-
 def make_init(model: nn.Module, dataset: Dataset) -> InitState:
     """Makes `init(seed, tx) -> TrainState`; the same seed, the same parameters."""
     shape = (1, *dataset.train.image_shape)
@@ -132,19 +116,18 @@ def make_init(model: nn.Module, dataset: Dataset) -> InitState:
 def make_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    dataset: Dataset,
+    prepare: Prepare = lambda batch, key: (batch, key),
     *,
-    augmented: bool = False,
     ascent_loss_fn: LossFn | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
-) -> Callable[[TrainState, Split, jax.Array], tuple[TrainState, Metrics]]:
+) -> Step:
     """Makes `step(state, batch, key) -> state, metrics`, to be compiled.
 
     Args:
       model: called as `model(images, train=...)`.
       tx: the optimizer, sharpness-aware or not.
-      dataset: images are normalized to its mean and deviation.
-      augmented: whether to crop, flip and cut out the images, see `augment`.
+      prepare: what the step does to a batch first, see `make_prepare`; by default the
+        batch is as the model takes it.
       ascent_loss_fn: takes the place of the loss in the clean pass, whose gradients
         then only set the perturbation; by default none does.
       batch_sharding: how each batch is shared among devices, where state and batch are
@@ -157,7 +140,6 @@ def make_step(
         ascent_loss_fn=ascent_loss_fn,
         scoring_loss_fn=make_scoring_loss_fn(model),
     )
-    prepare = make_prepare(dataset, augmented)
 
     def step(
         state: TrainState, batch: Split, key: jax.Array
@@ -175,9 +157,7 @@ def make_step(
     return step
 
 
-def make_prepare(
-    dataset: Dataset, augmented: bool
-) -> Callable[[Split, jax.Array], tuple[Split, jax.Array]]:
+def make_prepare(dataset: Dataset, augmented: bool = False) -> Prepare:
     """Makes `prepare(batch, key) -> batch, dropout_key`: what a step sees of a batch.
 
     Images as they are stored are normalized and, if asked for, augmented.
@@ -185,92 +165,31 @@ def make_prepare(
 
     def prepare(batch: Split, key: jax.Array) -> tuple[Split, jax.Array]:
         augment_key, dropout_key = jax.random.split(key)
-        images = normalize(batch.images, dataset.mean, dataset.std)
+        batch = normalized(batch, dataset)
         if augmented:
-            images = augment(augment_key, images)
-        return Split(images, batch.labels), dropout_key
+            batch = batch._replace(images=augment(augment_key, batch.images))
+        return batch, dropout_key
 
     return prepare
 
 
-def make_train_steps(
-    model: nn.Module, tx: optax.GradientTransformation, dataset: Dataset, **options: Any
-) -> Any:
-    """Makes `train_steps(state, split, indices, key) -> state, metrics`, compiled.
+def make_train_steps(step: Step, **jit_options: Any) -> Any:
+    """Makes `train_steps(state, batches, keys) -> state, metrics`, compiled.
 
-    It takes the steps of `indices[steps, batch_size]`, which pick examples of `split`,
-    with new random numbers in each. The state that is handed in is consumed, and the
-    metrics are means over the steps.
-
-    Args:
-      model: called as `model(images, train=...)`.
-      tx: the optimizer, sharpness-aware or not.
-      dataset: images are normalized to its mean and deviation.
-      **options: those of `make_step`.
-    """
-    take_step = make_step(model, tx, dataset, **options)
-
-    def train_steps(
-        state: TrainState, split: Split, indices: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        def step(
-            state: TrainState, step_input: tuple[jax.Array, jax.Array]
-        ) -> tuple[TrainState, Metrics]:
-            index, step_key = step_input
-            batch = Split(split.images[index], split.labels[index])
-            return take_step(state, batch, step_key)
-
-        step_keys = jax.random.split(key, len(indices))
-        state, metrics = jax.lax.scan(step, state, (indices, step_keys))
-        return state, jax.tree.map(jnp.mean, metrics)
-
-    return jax.jit(train_steps, donate_argnums=0)
-
-
-def make_train_batches(
-    step: Callable[[TrainState, Split, jax.Array], tuple[TrainState, Metrics]],
-    out_shardings: Any = None,
-) -> Any:
-    """Makes `train(state, batches, count, key) -> state, metrics`, compiled.
-
-    It takes a step on each of `batches[steps, batch_size, ...]`, of which the first is
-    the step number `count`: what a step draws depends on its number and the key alone.
+    It takes a step on each of `batches[steps, batch_size, ...]`, with a key for each.
     The state that is handed in is consumed, and the metrics are means over the steps.
 
     Args:
       step: made by `make_step`.
-      out_shardings: where the state and the metrics are to lie.
+      **jit_options: for `jax.jit`, such as where state and metrics are to lie.
     """
 
-    def train(
-        state: TrainState, batches: Split, count: jax.Array, key: jax.Array
+    def train_steps(
+        state: TrainState, batches: Split, keys: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        def body(
-            state: TrainState, step_input: tuple[jax.Array, Split]
-        ) -> tuple[TrainState, Metrics]:
-            number, batch = step_input
-            return step(state, batch, jax.random.fold_in(key, number))
-
-        numbers = count + jnp.arange(len(batches.labels))
-        state, metrics = jax.lax.scan(body, state, (numbers, batches))
+        state, metrics = jax.lax.scan(
+            lambda state, inputs: step(state, *inputs), state, (batches, keys)
+        )
         return state, jax.tree.map(jnp.mean, metrics)
 
-    options = {} if out_shardings is None else {"out_shardings": out_shardings}
-    return jax.jit(train, donate_argnums=0, **options)
-
-
-def shuffled_batches(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Indices `[steps, batch_size]` of an epoch, without an incomplete last batch."""
-    steps = num_examples // batch_size
-    order = jax.random.permutation(key, num_examples)
-    return order[: steps * batch_size].reshape(steps, batch_size)
-
-
-def steps_per_call(num_steps: int, at_most: int = 16) -> int:
-    """The most steps of one call that divide an epoch evenly: one shape, one compile.
-
-    Args:
-      num_steps: steps of an epoch.
-      at_most: bounds how long nothing is heard of a call.
-    """
-    return max(d for d in range(1, at_most + 1) if num_steps % d == 0)
+    return jax.jit(train_steps, donate_argnums=0, **jit_options)

@@ -1,0 +1,1 @@
+"""What is read off a network in training: scores of layers, weights of examples."""

@@ -1,0 +1,1 @@
+"""Devices that share arrays, and processes that share devices."""

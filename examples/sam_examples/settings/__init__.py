@@ -1,0 +1,1 @@
+"""What a script is asked for: its options, methods and optimizers, and their checks."""
