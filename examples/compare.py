@@ -15,13 +15,11 @@ from sam_examples.settings.command_line import (
     make_run_directory,
     one_line_errors,
     require,
-    versions,
-    write_json,
+    write_results,
 )
 from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
-from sam_examples.training import digits
 from sam_examples.training.build import make_network
-from sam_examples.training.digits import Epoch, draw_epoch, timed_epoch
+from sam_examples.training.epochs import Epoch, draw_epoch, prepare_digits, timed_epoch
 from sam_examples.training.evaluation import Evaluate, make_evaluate
 from sam_examples.training.step import (
     TrainState,
@@ -97,7 +95,7 @@ def prepare(
       ValueError: if an option is out of range.
     """
     require(options.seeds >= 1, "--seeds must be at least 1", options.seeds)
-    of_seeds = [digits.prepare(options, seed) for seed in range(options.seeds)]
+    of_seeds = [prepare_digits(options, seed) for seed in range(options.seeds)]
     datasets, (num_steps, *_), (base, *_) = zip(*of_seeds, strict=True)
     return list(datasets), num_steps, base
 
@@ -184,21 +182,18 @@ def main(args: Sequence[str] | None = None) -> None:
         title,
         directory / "accuracy.png",
     )
-    write_json(
+    write_results(
         directory / "results.json",
-        {
-            "settings": dataclasses.asdict(options),
-            "versions": versions(),
-            "seconds": time.perf_counter() - start,
-            "methods": {
-                method: {
-                    "hyperparameters": chosen[method],
-                    "compile_seconds": contestants[method].compile_seconds,
-                    **summary[method],
-                    "seeds": [dataclasses.asdict(seed) for seed in curves[method]],
-                }
-                for method in contestants
-            },
+        options,
+        seconds=time.perf_counter() - start,
+        methods={
+            method: {
+                "hyperparameters": chosen[method],
+                "compile_seconds": contestants[method].compile_seconds,
+                **summary[method],
+                "seeds": [dataclasses.asdict(seed) for seed in curves[method]],
+            }
+            for method in contestants
         },
     )
     print(f"Results in {directory}: accuracy.png, results.json")

@@ -14,8 +14,7 @@ from sam_examples.settings.command_line import (
     make_run_directory,
     one_line_errors,
     require,
-    versions,
-    write_json,
+    write_results,
 )
 from sam_examples.settings.methods import check_batch, make_tx
 
@@ -83,14 +82,11 @@ def main(args: Sequence[str] | None = None) -> None:
         title,
         directory / "m_sharpness.png",
     )
-    write_json(
+    write_results(
         directory / "results.json",
-        {
-            "settings": dataclasses.asdict(options),
-            "versions": versions(),
-            "methods": summary,
-            "test_accuracies": accuracies,
-        },
+        options,
+        methods=summary,
+        test_accuracies=accuracies,
     )
     print(f"Results in {directory}: m_sharpness.png, results.json")
 

@@ -36,12 +36,11 @@ from sam_examples.settings.command_line import (
     make_run_directory,
     one_line_errors,
     require,
-    versions,
-    write_json,
+    write_results,
 )
 from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
-from sam_examples.training import digits
 from sam_examples.training.build import make_network
+from sam_examples.training.epochs import prepare_digits
 from sam_examples.training.evaluation import make_evaluate
 from sam_examples.training.step import TrainState, make_step
 
@@ -156,16 +155,13 @@ def report(
     directory = make_run_directory(options.out, f"multi_process-{options.method}")
     figures = {"processes": jax.process_count(), "devices": jax.device_count()}
     np.savez(directory / "params.npz", **params)
-    write_json(
+    write_results(
         directory / "results.json",
-        {
-            "settings": dataclasses.asdict(options),
-            "hyperparameters": chosen,
-            "versions": versions(),
-            **figures,
-            "test_accuracy": accuracy,
-            "losses": losses,
-        },
+        options,
+        hyperparameters=chosen,
+        **figures,
+        test_accuracy=accuracy,
+        losses=losses,
     )
     print(
         f"{options.method} on {figures['devices']} devices of {figures['processes']} "
@@ -181,7 +177,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_processes(options)
         chosen = hyperparameters([method], options.hyperparameters)[method]
-        dataset, num_steps, base = digits.prepare(options, options.seed)
+        dataset, num_steps, base = prepare_digits(options, options.seed)
         check_batch({method: chosen}, options.batch_size)
         start(options)
         devices = jax.device_count()

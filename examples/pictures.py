@@ -37,8 +37,7 @@ from sam_examples.settings.command_line import (
     make_run_directory,
     one_line_errors,
     require,
-    versions,
-    write_json,
+    write_results,
 )
 from sam_examples.settings.methods import hyperparameters, make_tx
 from sam_examples.training.build import make_network
@@ -194,15 +193,9 @@ def main(args: Sequence[str] | None = None) -> None:
     inputs = options, model, dataset, final(contestants)
     losses = draw_surfaces(*inputs, directory / "loss_surface.png")
     spectra = draw_spectra(*inputs, directory / "spectrum.png")
-    write_json(
-        directory / "figures.json",
-        {
-            "settings": dataclasses.asdict(options),
-            "hyperparameters": chosen,
-            "versions": versions(),
-            "training loss at the solution": losses,
-            "spectrum": spectra,
-        },
+    figures = {"training loss at the solution": losses, "spectrum": spectra}
+    write_results(
+        directory / "figures.json", options, hyperparameters=chosen, **figures
     )
     print(
         f"Pictures in {directory}: accuracy.png, loss_surface.png, spectrum.png, "

@@ -14,22 +14,20 @@ import jax
 import numpy as np
 import optax
 import tyro
+from rich.console import Console
 from rich.table import Table
 from sam_examples.analysis.layers import Chooser, layers_of
 from sam_examples.data import Dataset, Split
-from sam_examples.reporting.tables import make_console
 from sam_examples.settings.command_line import (
     NoisyDigits,
     make_run_directory,
     one_line_errors,
     require,
     require_at_least_one,
-    versions,
-    write_json,
+    write_results,
 )
-from sam_examples.training import digits
 from sam_examples.training.build import make_network
-from sam_examples.training.digits import Epoch, draw_epoch, timed_epoch
+from sam_examples.training.epochs import Epoch, draw_epoch, prepare_digits, timed_epoch
 from sam_examples.training.evaluation import make_evaluate
 from sam_examples.training.step import (
     make_init,
@@ -125,7 +123,7 @@ def print_results(figures: dict[str, Any]) -> None:
             f"{1e3 * row['step_seconds']:.2f}",
             str(row["programs"]),
         )
-    console = make_console()
+    console = Console(highlight=False)
     console.print(table)
     console.print(
         f"A step takes {figures['step_time_over_sam']:.2f} of SAM's time "
@@ -180,7 +178,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the training that the command line asks for."""
     options = tyro.cli(Options, args=args)
     with one_line_errors():
-        dataset, _, base = digits.prepare(options, options.seed)
+        dataset, _, base = prepare_digits(options, options.seed)
         check(options)
         model = make_network(options, dataset)
         sparse, sam = make_contestants(options, model, dataset, base)
@@ -208,8 +206,7 @@ def main(args: Sequence[str] | None = None) -> None:
             for name, x in {"static masks": sparse, "SAM": sam}.items()
         },
     }
-    settings = {"settings": dataclasses.asdict(options), "versions": versions()}
-    write_json(directory / "results.json", settings | figures)
+    write_results(directory / "results.json", options, **figures)
     print_results(figures)
     print(f"Results in {directory / 'results.json'}")
 

@@ -17,12 +17,10 @@ from sam_examples.settings.command_line import (
     NoisyDigits,
     make_run_directory,
     one_line_errors,
-    versions,
-    write_json,
+    write_results,
 )
 from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
-from sam_examples.training import digits
-from sam_examples.training.digits import shuffled_batches
+from sam_examples.training.epochs import prepare_digits, shuffled_batches
 from tqdm import tqdm
 
 
@@ -179,7 +177,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = tyro.cli(Options, args=args)
     with one_line_errors():
         chosen = hyperparameters([options.method], options.hyperparameters)
-        dataset, num_steps, base = digits.prepare(options, options.seed)
+        dataset, num_steps, base = prepare_digits(options, options.seed)
         check_batch(chosen, options.batch_size)
         values: Mapping[str, Any] = chosen[options.method]
         tx = make_tx(options.method, base, values, num_steps)
@@ -188,9 +186,8 @@ def main(args: Sequence[str] | None = None) -> None:
     train(options, training, len(dataset.train.labels))
     path = directory / "results.json"
     accuracy = training.accuracy("test")
-    settings = {"settings": dataclasses.asdict(options), "versions": versions()}
-    figures = {"hyperparameters": values, "test_accuracy": accuracy}
-    write_json(path, settings | figures | {"epochs": training.curves})
+    figures = {"test_accuracy": accuracy, "epochs": training.curves}
+    write_results(path, options, hyperparameters=values, **figures)
     print(
         f"{options.method}: test accuracy {100 * accuracy:.2f} % after epoch "
         f"{options.epochs}; {path}"

@@ -36,6 +36,13 @@ def test_step_cost_writes_and_prints_every_row(tmp_path, capsys):
     assert all(name in printed for name in rows)
 
 
+def test_wide_figures_leave_the_names_of_rows_whole(capsys):
+    name = "a name of the length that names have"
+    wide = {f"time_over_{other}": 12345.6 for other in ("sgd", "sam", "contrib", "b")}
+    measure.print_table({name: wide}, "Steps")
+    assert name in capsys.readouterr().out
+
+
 def test_throughput_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
     make_rows = throughput.make_rows
     some = [measure.SGD, "SAM", "SSAM-F, half", "static: first block", "RW-SAM, jvp"]

@@ -15,7 +15,7 @@ from sam_examples.benchmarking import study
 from sam_examples.benchmarking.configurations import CONFIGURATIONS, SAM, SGD
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
-from sam_examples.training.digits import draw_epoch
+from sam_examples.training.epochs import draw_epoch
 from sam_examples.training.step import make_loss_fn
 
 import optax_sam

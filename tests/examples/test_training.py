@@ -13,7 +13,7 @@ from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
 from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
 from sam_examples.settings.optimizers import momentum_sgd
-from sam_examples.training.digits import draw_epoch, shuffled_batches
+from sam_examples.training.epochs import draw_epoch, shuffled_batches
 from sam_examples.training.evaluation import make_evaluate
 from sam_examples.training.run import steps_per_call
 from sam_examples.training.step import (

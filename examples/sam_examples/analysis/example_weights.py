@@ -12,7 +12,7 @@ import numpy as np
 import optax_sam
 from sam_examples.data import Dataset, Split, load_digits, normalized
 from sam_examples.reporting.figures import plot_weights
-from sam_examples.training.digits import shuffled_batches
+from sam_examples.training.epochs import shuffled_batches
 from sam_examples.training.step import TrainState, make_loss_fn
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import optax_sam
 from sam_examples.data import Split
 from sam_examples.models.resnet import ResNet
-from sam_examples.reporting.tables import make_console
 from sam_examples.settings.command_line import (
     check_stages,
     require_at_least_one,
@@ -252,7 +253,9 @@ def print_table(
     for name, row in rows.items():
         cells = (f"{row[key]:.{digits}f}" if key in row else "" for key in columns)
         table.add_row(name, *cells)
-    make_console().print(table)
+    # In the 80 columns that a file is taken to have, wide figures break the names.
+    width = None if sys.stdout.isatty() else 1000
+    Console(highlight=False, width=width).print(table)
 
 
 def save(options: Any, **tables: Mapping[str, Figures]) -> None:

@@ -17,8 +17,7 @@ from sam_examples.data import Dataset, load_digits
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
 from sam_examples.settings.command_line import require
-from sam_examples.training import digits
-from sam_examples.training.digits import Epoch, draw_epoch
+from sam_examples.training.epochs import Epoch, draw_epoch, prepare_digits
 from sam_examples.training.evaluation import Evaluate, make_evaluate
 from sam_examples.training.step import (
     TrainState,
@@ -73,7 +72,7 @@ class Digits:
     def __init__(self, options: Any) -> None:
         """Loads the digits."""
         self._options = options
-        _, self._num_steps, self._base = digits.prepare(options, 0)
+        _, self._num_steps, self._base = prepare_digits(options, 0)
         self.epoch_steps = self._num_steps // options.epochs
         self.dataset: Callable[[int], Dataset] = cache(
             lambda seed: load_digits(options.noise, seed)

@@ -22,8 +22,7 @@ from sam_examples.settings.command_line import (
     one_line_errors,
     require,
     require_at_least_one,
-    versions,
-    write_json,
+    write_results,
 )
 
 TUNING_SEED = 1000
@@ -191,15 +190,12 @@ def run(
     times: Mapping[int, Mapping[str, float]] = {}
     if not options.skip_timing:
         times = {width: study.times(width) for width in options.timing_widths}
-    write_json(
+    write_results(
         directory / "results.json",
-        {
-            "settings": dataclasses.asdict(options),
-            "versions": versions(),
-            "cores": os.cpu_count(),
-            "rows": rows,
-            "times": times,
-        },
+        options,
+        cores=os.cpu_count(),
+        rows=rows,
+        times=times,
     )
     title = f"{title} of width {options.width}"
     data = f"digits, {100 * options.noise:g} % wrong labels, {options.seeds} seeds"

@@ -1,6 +1,5 @@
 """The figures of comparisons, as numbers and in tables."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,14 +29,6 @@ class Curves:
     valid_accuracy: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-
-
-def make_console() -> Console:
-    """The console of tables, which are as wide as they need to be but in a terminal.
-
-    The width that rich takes a file to have would break the names of rows.
-    """
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def summarize(curves: Mapping[str, Sequence[Curves]]) -> dict[str, dict[str, Any]]:
@@ -84,7 +75,7 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> None:
             f"{1e3 * figures['step_seconds']:.2f}",
             *([] if ratio is None else [f"{ratio:.2f}"]),
         )
-    make_console().print(table)
+    Console(highlight=False).print(table)
 
 
 def _percent(accuracy: Mapping[str, float | None]) -> str:
@@ -126,4 +117,4 @@ def print_trade_off(
             gain,
             *(f"{time[name]:.2f}" for time in times.values()),
         )
-    make_console().print(table)
+    Console(highlight=False).print(table)

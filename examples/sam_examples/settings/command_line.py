@@ -151,6 +151,12 @@ def versions() -> dict[str, str]:
     }
 
 
+def write_results(path: Path, options: Any, **figures: Any) -> None:
+    """Writes figures, and what they depend on, as JSON."""
+    about = {"settings": dataclasses.asdict(options), "versions": versions()}
+    write_json(path, about | figures)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes numbers, strings and paths as JSON, anything else by its name."""
 

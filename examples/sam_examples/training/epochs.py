@@ -1,4 +1,4 @@
-"""The training that compare.py and others make: the noisy digits, epoch by epoch."""
+"""Trainings on the noisy digits, an epoch in each call."""
 
 import time
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ class Epoch(NamedTuple):
     keys: jax.Array
 
 
-def prepare(options: NoisyDigits, seed: int) -> Digits:
+def prepare_digits(options: NoisyDigits, seed: int) -> Digits:
     """Loads the digits, whose label noise the seed draws, and makes the base.
 
     Raises:
