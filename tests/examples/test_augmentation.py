@@ -48,6 +48,7 @@ def slowly(key, images, pad, flip, cutout_size, cutout_probability):
     return result
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -66,6 +67,7 @@ def test_augmentation_is_that_of_a_slow_reference(parameters, shape):
         np.testing.assert_array_equal(compiled(**parameters)(key, images), expected)
 
 
+@pytest.mark.full
 def test_the_defaults_are_those_of_the_papers():
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     expected = slowly(jax.random.key(1), images, 4, True, 16, 0.5)
@@ -91,6 +93,7 @@ def test_parameters_out_of_range_are_refused(parameters, message):
         augment(jax.random.key(0), jnp.ones((2, 4, 4, 1)), **parameters)
 
 
+@pytest.mark.full
 def test_augmentation_is_deterministic_and_differs_between_images():
     images = jnp.tile(
         jax.random.normal(jax.random.key(0), (1, 32, 32, 3)), (16, 1, 1, 1)
@@ -103,6 +106,7 @@ def test_augmentation_is_deterministic_and_differs_between_images():
     assert len({image.tobytes() for image in np.asarray(first)}) > 8
 
 
+@pytest.mark.full
 def test_crops_move_by_up_to_four_pixels_and_flips_mirror():
     image = jnp.arange(1.0, 1 + 32 * 32).reshape(32, 32, 1)
     images = jnp.broadcast_to(image, (500, 32, 32, 1))
@@ -117,6 +121,7 @@ def test_crops_move_by_up_to_four_pixels_and_flips_mirror():
     assert 0.4 < mirrored.mean() < 0.6
 
 
+@pytest.mark.full
 def test_cutout_removes_a_square_from_half_of_the_images():
     images = jnp.ones((2_000, 32, 32, 3))
     images = compiled(pad=0, flip=False)(jax.random.key(0), images)

@@ -17,12 +17,25 @@ TINY = [
 ]
 
 
-def test_step_cost_writes_and_prints_every_row(tmp_path, capsys):
+REFERENCES = [measure.SGD, step_cost.HAND_WRITTEN, step_cost.CONTRIB]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*REFERENCES, "optax_sam.vasso"],
+        pytest.param(list(step_cost.ROWS), marks=pytest.mark.full),
+    ],
+    ids=["some", "all"],
+)
+def test_step_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch, names):
+    chosen = {name: step_cost.ROWS[name] for name in names}
+    monkeypatch.setattr(step_cost, "ROWS", chosen)
     path = tmp_path / "new" / "costs.json"
     step_cost.main([*TINY, "--json", str(path)])
     results = json.loads(path.read_text())
     rows = results["rows"]
-    assert list(rows) == list(step_cost.ROWS)
+    assert list(rows) == names
     for row in rows.values():
         assert all(math.isfinite(figure) and figure > 0 for figure in row.values())
     assert rows[measure.SGD]["flops_over_sgd"] == 1
@@ -43,6 +56,7 @@ def test_wide_figures_leave_the_names_of_rows_whole(capsys):
     assert name in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_throughput_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
     make_rows = throughput.make_rows
     some = [measure.SGD, "SAM", "SSAM-F, half", "static: first block", "RW-SAM, jvp"]
@@ -65,6 +79,7 @@ def test_throughput_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
     assert "bfloat16" in printed
 
 
+@pytest.mark.full
 def test_sparse_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
     all_steps, refresh = sparse_cost.make_steps([1]), "4 probes, PatchConv"
     some = [measure.SGD, sparse_cost.SAM, sparse_cost.SSAM_F, "implicit, 1/2 kept"]
@@ -86,6 +101,7 @@ def test_sparse_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
     assert all(name in printed for name in [*steps, refresh])
 
 
+@pytest.mark.full
 def test_top_k_finds_equal_masks(tmp_path):
     path = tmp_path / "top_k.json"
     top_k.main(["--width=4", "--rounds=1", "--json", str(path)])
@@ -95,6 +111,7 @@ def test_top_k_finds_equal_masks(tmp_path):
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+@pytest.mark.full
 def test_finite_differences_are_near_the_slopes_in_float32_only(tmp_path, capsys):
     path = tmp_path / "errors.json"
     tiny = ["--widths=8", "--stages=1", "--num-examples=4", "--directions=1"]
@@ -132,6 +149,7 @@ def test_steps_are_refused_in_one_line(main, option, message, capsys):
     check_refusal(capsys, message, main, [option, "0"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("script", "option"),
     [

@@ -93,7 +93,14 @@ def assert_refused(capsys, message, method, out, *options):
 
 
 # What there is in a state: averages, masks, keys and counts.
-@pytest.mark.parametrize("method", ["vasso", "sparse_sam", "rw_sam"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "vasso",
+        pytest.param("sparse_sam", marks=pytest.mark.full),
+        pytest.param("rw_sam", marks=pytest.mark.full),
+    ],
+)
 def test_an_interrupted_run_ends_as_one_that_was_not(finished, interrupted, method):
     out = interrupted(2, method)
     # As if killed while it deleted an old one.
@@ -102,6 +109,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(finished, interrupted, meth
     assert_same_end(out, finished(method))
 
 
+@pytest.mark.full
 def test_resume_begins_where_no_checkpoint_is_whole(finished, tmp_path):
     out = tmp_path / "run"
     for steps in ("16", "99"):
@@ -113,6 +121,7 @@ def test_resume_begins_where_no_checkpoint_is_whole(finished, tmp_path):
     assert not list(half.parent.glob("*tmp*"))
 
 
+@pytest.mark.full
 def test_resuming_a_finished_run_reports_again(finished, interrupted, capsys):
     out = interrupted(EPOCHS)
     run("sgd", out, "--resume")
@@ -121,12 +130,14 @@ def test_resuming_a_finished_run_reports_again(finished, interrupted, capsys):
     assert results(out)["step_seconds"] == results(finished())["step_seconds"]
 
 
+@pytest.mark.full
 def test_checkpoints_come_every_few_epochs_and_last_and_some_stay(tmp_path):
     sizes = ["--checkpoint-every", "2", "--keep", "2"]
     run("sgd", tmp_path, "--epochs", "7", *sizes)
     assert Checkpoints(tmp_path / "checkpoints", 2).steps() == [6 * STEPS, 7 * STEPS]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_checkpoint_of_eight_devices_is_read_on_fewer(
     interrupted, monkeypatch, devices
@@ -193,6 +204,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_refused(interrupted, capsys, damage):
     out = interrupted(3)
@@ -202,6 +214,7 @@ def test_a_damaged_checkpoint_is_refused(interrupted, capsys, damage):
     assert_refused(capsys, message, "sgd", out, "--resume")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("damage", [cut_off, change_a_bit, Path.unlink])
 def test_large_arrays_come_back_as_they_were_or_not_at_all(tmp_path, capfd, damage):
     # Small ones are in the index, which Orbax checks; and many are read at a time.
@@ -217,6 +230,7 @@ def test_large_arrays_come_back_as_they_were_or_not_at_all(tmp_path, capfd, dama
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.full
 def test_the_checkpoint_before_a_damaged_one_is_good(finished, interrupted, capsys):
     out = interrupted(2)
     for epoch, remedy in ((2, "go on from step 16"), (1, "begin anew")):
@@ -231,6 +245,7 @@ def test_the_checkpoint_before_a_damaged_one_is_good(finished, interrupted, caps
     assert_same_end(out, finished())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "changes"),
     [("sgd", {"width": 8}), ("sgd", {"norm": "group"}), ("vasso", {})],
@@ -251,6 +266,7 @@ def test_a_state_of_another_structure_is_refused(interrupted, capsys, method, ch
     assert_refused(capsys, message, "sgd", out, "--resume")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -272,6 +288,7 @@ def test_resume_refuses_other_settings(interrupted, capsys, options, message):
     )
 
 
+@pytest.mark.full
 def test_a_directory_with_checkpoints_is_left_alone(finished, capsys):
     message = "has checkpoints of an earlier run; give --resume to go on from the last"
     assert_refused(capsys, message, "sgd", finished())
@@ -351,6 +368,7 @@ def seconds_between_checkpoints(out):
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     directory, log = killed / "checkpoints", tmp_path / "log"

@@ -14,6 +14,7 @@ TINY = [
 ROWS = ["arrays, SGD", "arrays, SAM", "folders, SGD", "folders, SAM"]
 
 
+@pytest.mark.full
 def test_it_writes_and_prints_every_row(tmp_path, capsys):
     path = tmp_path / "new" / "figures.json"
     input_pipeline.main([*TINY, "--json", str(path)])

@@ -6,7 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from sam_examples.models import make, pyramidnet, vgg, vit, wide_resnet
+
+pytestmark = pytest.mark.full
 
 # What compiles takes longer than what runs.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

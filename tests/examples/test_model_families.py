@@ -17,6 +17,8 @@ from sam_examples.models.resnet import BottleneckBlock, ResNet
 import optax_sam
 from optax_sam import implicit
 
+pytestmark = pytest.mark.full
+
 SIZE = 8
 # The least that has every kind of layer of the family.
 FAMILIES = {

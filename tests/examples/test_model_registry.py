@@ -44,7 +44,17 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("network", PUBLISHED, ids=str)
+DEEP = ("pyramidnet110", "resnet152")  # What takes a second or two to trace.
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(network, marks=[pytest.mark.full] * (network[0] in DEEP))
+        for network in PUBLISHED
+    ],
+    ids=str,
+)
 def test_models_have_the_published_number_of_parameters(network):
     name, num_classes, size = network
     model = make(name, num_classes, image_size=size)
@@ -67,6 +77,7 @@ def test_pyramidnet_has_the_number_of_parameters_that_its_widths_give():
     assert stem + blocks + head == PUBLISHED["pyramidnet110", 10, 32]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_takes_images_of_cifar_in_either_form(name):
     model = make(name, 7, image_size=32, dtype=jnp.bfloat16, dropout=0.1)
@@ -78,6 +89,7 @@ def test_every_model_takes_images_of_cifar_in_either_form(name):
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "published", "narrow", "parts"),
     [

@@ -102,6 +102,7 @@ def convolve(x, kernel, stride, padding):
     return out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
 def test_blocks_compute_what_the_paper_says(block):
     module = block(features=3, stride=2)
@@ -136,6 +137,7 @@ def test_blocks_compute_what_the_paper_says(block):
     )
 
 
+@pytest.mark.full
 def test_blocks_can_start_as_their_shortcuts():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     for block in (
@@ -158,6 +160,7 @@ def test_parameters_of_patches_fit_convolutions_if_names_are_shared():
     assert shapes(PatchConv) != shapes(plain)
 
 
+@pytest.mark.full
 def test_convolutions_start_with_the_published_variance():
     model = ResNet((1,), 10, width=128)
     init = jax.jit(partial(model.init, train=False))
@@ -180,6 +183,7 @@ def test_norm_and_computation_type_can_be_chosen():
     assert jaxpr.out_avals[0].dtype == jnp.float32
 
 
+@pytest.mark.full
 def test_dropout_is_off_in_evaluation_and_drawn_from_its_key_in_training():
     model = ResNet((), 3, width=8, dropout_rate=0.5)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
@@ -198,6 +202,7 @@ def test_dropout_is_off_in_evaluation_and_drawn_from_its_key_in_training():
 
 
 # Patches side by side take a way of their own; with 3 and 3, some pixels are left over.
+@pytest.mark.full
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("size", "padding"), [(1, 0), (3, 1), (3, 0)])
 def test_patches_convolve(size, padding, stride):

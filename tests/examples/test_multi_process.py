@@ -84,6 +84,7 @@ def results(directory):
         return figures, dict(params)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "layout"), [("vasso", []), ("dynamic_sparse_sam", ["--fully-sharded"])]
 )
@@ -110,6 +111,7 @@ def test_several_processes_train_as_one(method, layout, tmp_path, capsys):
         )
 
 
+@pytest.mark.full
 def test_children_that_wait_for_a_dead_one_are_killed(tmp_path):
     waiting = [sys.executable, "-c", "import time; time.sleep(600)"]
     dying = [sys.executable, "-c", "raise SystemExit('gone')"]
@@ -120,6 +122,7 @@ def test_children_that_wait_for_a_dead_one_are_killed(tmp_path):
     assert statuses == [-9]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_the_state_of_every_method_lies_as_the_parameters(method):
     mesh = sharding.make_mesh()

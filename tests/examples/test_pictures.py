@@ -18,6 +18,7 @@ from sam_examples.training.step import TrainState, make_loss_fn
 NAMES = ("accuracy", "loss_surface", "spectrum", "weights")
 
 
+@pytest.mark.full
 def test_one_command_draws_four_pictures(tmp_path, capsys):
     sizes = ["--seeds", "1", "--epochs", "2", "--points", "3", "--iterations", "2"]
     pictures.main([*TINY, *sizes, "--out", str(tmp_path)])
@@ -49,6 +50,7 @@ def trained():
     return dataset, model, values, history, contestants["rw_sam"].state
 
 
+@pytest.mark.full
 def test_weights_are_those_of_the_method(trained):
     dataset, model, values, history, state = trained
     assert len(history.weights) == 2

@@ -75,6 +75,7 @@ def test_it_begins_at_any_call(steps):
             prefetched(dataset, steps_per_call=2, start=start)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("done", [0, 1, 3])
 def test_it_goes_on_from_a_state_in_json(done):
     calls = list(prefetched(make_batches(), steps_per_call=2))
@@ -94,6 +95,7 @@ def test_it_goes_on_from_a_state_in_json(done):
     assert prefetched(make_batches(), steps_per_call=2, start=done).get_state() == state
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("num_threads", "steps_per_call"), [(0, 2), (1, 1), (3, 1), (2, 4)]
 )
@@ -180,6 +182,7 @@ finally:
 """
 
 
+@pytest.mark.full
 def test_an_interrupt_ends_the_program_while_it_waits_for_a_batch():
     """An item takes a second; all of them would take half a minute."""
     child = subprocess.Popen(

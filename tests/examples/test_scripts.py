@@ -51,6 +51,7 @@ def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
+@pytest.mark.full
 def test_m_sharpness_plots_accuracy_over_the_size_of_micro_batches(tmp_path, capsys):
     sizes = ["--sizes", "64", "16", "--seeds", "2", "--epochs", "2"]
     m_sharpness.main([*TINY, *sizes, "--out", str(tmp_path)])
@@ -114,6 +115,7 @@ def test_train_reports_the_last_epoch(tmp_path, capsys):
     assert "accuracy=" in progress
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("write", [write_pickles, write_binaries])
 def test_train_reads_cifar10(tmp_path, monkeypatch, write):
     small = functools.partial(

@@ -16,6 +16,7 @@ DEVICES = 8
 TINY = ["--width=64", "--layers=3", "--hidden=128", "--heads=2", "--vocabulary=128"]
 
 
+@pytest.mark.full
 def test_sharded_memory_is_what_the_arithmetic_says(tmp_path, capsys):
     path = tmp_path / "new" / "memory.json"
     methods = ["VaSSO", "SSAM-F"]
@@ -49,6 +50,7 @@ def test_sharded_memory_is_what_the_arithmetic_says(tmp_path, capsys):
     assert all(name in printed for name in rows)
 
 
+@pytest.mark.full
 def test_scaling_counts_what_travels(tmp_path, capsys):
     path = tmp_path / "scaling.json"
     sizes = ["--stages", "1", "--width=8", "--batch-size=16", "--rounds=1"]
@@ -81,6 +83,7 @@ def compiled_on_devices(fn, *shapes):
     return jax.jit(fn, out_shardings=out).lower(*arguments).compile()
 
 
+@pytest.mark.full
 def test_traffic_counts_loops_and_sets_conditions_apart():
     def in_loop(x):
         def body(carry, _):
@@ -103,6 +106,7 @@ def test_traffic_counts_loops_and_sets_conditions_apart():
     assert branched.always[collectives.REDUCE] < 100
 
 
+@pytest.mark.full
 def test_a_step_is_compiled_from_shapes_and_runs():
     mesh = sharding.make_mesh(DEVICES)
     place = sharding.by_examples(mesh)
@@ -123,6 +127,7 @@ def test_a_step_is_compiled_from_shapes_and_runs():
     assert after["w"].sharding == place
 
 
+@pytest.mark.full
 def test_the_transformer_sees_no_later_tokens():
     model = Transformer(11, 16, num_layers=2, num_heads=2, hidden=32)
     tokens = jnp.arange(12).reshape(2, 6) % 11
@@ -175,6 +180,7 @@ def test_says_in_one_line_what_is_wrong(script, options, message, capsys):
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("script", ["scaling.py", "sharded_memory.py"])
 def test_a_benchmark_runs_as_a_script_on_devices_of_its_own(script):
     methods, tiny = ["--methods", "sgd", "--devices", "2"], ["--stages=1", "--width=8"]

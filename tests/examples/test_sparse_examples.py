@@ -48,6 +48,7 @@ def test_static_masks_prints_choices_accuracies_and_times(tmp_path, capsys):
     assert "epoch" in progress
 
 
+@pytest.mark.full
 def test_a_mask_that_returns_is_not_compiled_again():
     def make_tx(mask):
         ascent = optax.chain(
@@ -80,6 +81,7 @@ def test_static_masks_refuses_bad_options_in_one_line(capsys, options, message):
     check_refusal(capsys, message, static_masks.main, options)
 
 
+@pytest.mark.full
 def test_the_study_writes_a_table_and_plots_and_repeats_nothing(
     tmp_path, capsys, monkeypatch
 ):
@@ -151,6 +153,7 @@ def test_the_search_ends_at_its_limits():
     assert study.best_rho(lambda rho: 1 / rho, low=-6)[0] == 0.062
 
 
+@pytest.mark.full
 def test_every_configuration_has_an_ascent_but_sgd():
     base = optax.sgd(0.1)
     for name, configuration in CONFIGURATIONS.items():
@@ -164,6 +167,7 @@ def test_every_configuration_has_an_ascent_but_sgd():
         assert (configuration.make_ascent_loss_fn(MODEL) is not None) == cheaper
 
 
+@pytest.mark.full
 def test_the_clean_pass_sees_a_share_of_examples_or_channels():
     dataset = make_dataset()
     variables = MODEL.init(jax.random.key(0), dataset.train.images, train=False)

@@ -215,6 +215,7 @@ def measured(tmp_path_factory):
     return out
 
 
+@pytest.mark.full
 def test_metrics_have_what_the_ascent_does(measured):
     rows = curves(measured)
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
@@ -254,6 +255,7 @@ def test_tensorboard_keeps_what_comes_before_a_resumed_step(tmp_path):
     assert starts == [17]
 
 
+@pytest.mark.full
 def test_tensorboard_reads_the_metrics(measured):
     (path,) = (measured / "tensorboard").iterdir()
     scalars = {}
@@ -268,6 +270,7 @@ def test_tensorboard_reads_the_metrics(measured):
     assert scalars["steps/train_loss"].keys() == {16, 32, 48}
 
 
+@pytest.mark.full
 def test_the_learning_rate_warms_up_and_falls(tmp_path):
     options = ["--epochs", "4", "--warmup-epochs", "2", "--learning-rate", "0.2"]
     run(tmp_path, "--method", "sgd", *options)
@@ -277,6 +280,7 @@ def test_the_learning_rate_warms_up_and_falls(tmp_path):
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -308,6 +312,7 @@ def test_every_hyperparameter_of_a_method_is_within_reach():
         make_ascent(name, hyperparameters([name])[name], num_steps=10)
 
 
+@pytest.mark.full
 def test_metrics_of_micro_batches_are_means_over_them():
     def measured(method, *assignments):
         asked = parse([*PLAIN, "--method", method, "--norm", "group"])
@@ -337,6 +342,7 @@ def test_all_devices_that_can_share_a_batch_do():
         assert config.num_devices(asked) == count
 
 
+@pytest.mark.full
 def test_sharing_parameters_changes_nothing_but_rounding(tmp_path):
     options = ["--method", "vasso", "--epochs", "2", "--devices"]
     alone = run(tmp_path / "alone", *options, "1")
@@ -347,6 +353,7 @@ def test_sharing_parameters_changes_nothing_but_rounding(tmp_path):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("base", ["sgd", "adafactor"])
 def test_parameters_and_state_are_shared_on_request(base):
     asked = parse([*PLAIN, "--method", "vasso", "--devices", "4", "--base", base])
@@ -365,6 +372,7 @@ def test_parameters_and_state_are_shared_on_request(base):
 # Being stopped.
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     # Calls of four steps, so that it is stopped within an epoch.
     monkeypatch.setattr(runs, "BYTES_PER_CALL", 4 * 64 * 4 * 64)
@@ -401,6 +409,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert curves(out) == curves(tmp_path / "whole")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("every", [("0", "1"), ("1", "0")])
 def test_a_resumed_run_may_measure_what_it_did_not(tmp_path, every):
     options = ["--epochs", "3", "--devices", "1", "--out", str(tmp_path)]
@@ -427,6 +436,7 @@ def test_ctrl_c_before_the_training_is_a_line(monkeypatch, capsys):
 # Class folders.
 
 
+@pytest.mark.full
 def test_folders_train_and_a_damaged_image_loses_nothing(tmp_path, monkeypatch, capsys):
     data = write_image_folders(tmp_path / "data")
     options = ["--dataset", "imagenet", "--data-dir", str(data), "--model", "resnet8"]

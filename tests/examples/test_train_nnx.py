@@ -54,6 +54,7 @@ def as_linen(tree, suffix=""):
     return out
 
 
+@pytest.mark.full
 def test_steps_of_sam_are_those_of_linen():
     # The width doubles, so that a shortcut is projected.
     model = make_model((1, 1))
@@ -108,6 +109,7 @@ def gradient_and_rest(graph, params, rest, batch):
     return jax.grad(loss, has_aux=True)(params)
 
 
+@pytest.mark.full
 def test_both_passes_drop_the_same_and_the_clean_one_leaves_its_statistics():
     model, batch = make_model(dropout_rate=0.5), make_batch()
     graph, params, rest = split(model)
@@ -144,6 +146,7 @@ def test_both_passes_drop_the_same_and_the_clean_one_leaves_its_statistics():
 
 
 # Together they want all that a step can be given.
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["sgd", "m_sam", "rw_sam+vasso+sparse_sam"])
 def test_methods_train(method):
     (values,) = hyperparameters([method], []).values()
@@ -161,6 +164,7 @@ def test_methods_train(method):
         assert np.any(a != b)
 
 
+@pytest.mark.full
 def test_sam_costs_two_passes_and_rw_sam_a_third_more():
     def flops(tx):
         model = make_model((1,))
@@ -174,6 +178,7 @@ def test_sam_costs_two_passes_and_rw_sam_a_third_more():
     assert flops(optax_sam.rw_sam(base, 0.1, strength=0.1)) / one < 2.5
 
 
+@pytest.mark.full
 def test_the_network_is_that_of_linen():
     model = nnx.eval_shape(
         lambda: ResNet((2, 2, 2, 2), 10, channels=3, rngs=nnx.Rngs(0))

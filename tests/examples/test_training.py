@@ -60,6 +60,7 @@ def assert_trees(compare, actual, expected):
     jax.tree.map(compare, actual, expected)
 
 
+@pytest.mark.full
 def test_batch_statistics_are_those_of_the_clean_pass():
     dataset = make_dataset()
     tx = optax_sam.sam(optax.sgd(0.1), rho=0.5)
@@ -104,6 +105,7 @@ def test_batch_statistics_are_those_of_the_clean_pass():
     assert optax.tree.norm(optax.tree.sub(perturbed, clean)) > 1e-2
 
 
+@pytest.mark.full
 def test_dropout_draws_are_the_same_in_both_passes():
     # With rho = 0 both passes are at the same parameters: only another draw of dropout
     # could make SAM's gradient another than SGD's, up to how XLA rounds two programs.
@@ -116,6 +118,7 @@ def test_dropout_draws_are_the_same_in_both_passes():
     assert optax.tree.norm(optax.tree.sub(sam.params, before.params)) > 0.1
 
 
+@pytest.mark.full
 def test_every_step_has_its_own_dropout():
     batch = jnp.arange(8)
     losses = [
@@ -125,6 +128,7 @@ def test_every_step_has_its_own_dropout():
     assert losses[0] != losses[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method):
     dataset = make_dataset()
@@ -143,6 +147,7 @@ def test_every_method_learns(method):
     )
 
 
+@pytest.mark.full
 def test_perturbations_come_from_the_ascent_loss_and_updates_do_not():
     tx, indices = optax_sam.sam(optax.sgd(0.1), rho=0.5), jnp.arange(16).reshape(1, 16)
 
@@ -160,6 +165,7 @@ def test_perturbations_come_from_the_ascent_loss_and_updates_do_not():
     assert metrics.loss == 0
 
 
+@pytest.mark.full
 def test_sparse_sam_scores_in_evaluation_mode():
     # In training mode the batch statistics of an example of one would be scored.
     dataset = make_dataset()
@@ -192,6 +198,7 @@ def test_hyperparameters_of_sparse_methods_are_checked(method):
         hyperparameters([method], ["refresh_every=1.5"])
 
 
+@pytest.mark.full
 def test_dynamic_masks_stay_after_the_training_that_they_are_made_for():
     values = hyperparameters(["dynamic_sparse_sam"], ["refresh_every=1"])
     tx = make_tx("dynamic_sparse_sam", NO_MOVE, values["dynamic_sparse_sam"], 5)
@@ -211,6 +218,7 @@ def test_dynamic_masks_stay_after_the_training_that_they_are_made_for():
     assert not any(changed[4:])
 
 
+@pytest.mark.full
 def test_training_compiles_once_and_donates_its_state():
     dataset = make_dataset()
     tx = optax_sam.sam(momentum_sgd(0.1, 4, 0.0), rho=0.1)
@@ -223,6 +231,7 @@ def test_training_compiles_once_and_donates_its_state():
     assert train_steps._cache_size() == 1
 
 
+@pytest.mark.full
 def test_batches_can_be_shared_among_devices():
     tx = optax_sam.sam(momentum_sgd(0.1, 4, 1e-3), rho=0.1)
     batches = make_dataset().train.take(np.arange(32).reshape(4, 8) % 16)
@@ -246,6 +255,7 @@ def test_batches_can_be_shared_among_devices():
         assert leaf.sharding.is_fully_replicated
 
 
+@pytest.mark.full
 def test_metrics_are_means_over_the_steps():
     indices = jnp.arange(16).reshape(2, 8)
     both = train(MODEL, NO_MOVE, indices)[2]
@@ -257,6 +267,7 @@ def test_metrics_are_means_over_the_steps():
     assert both.accuracy * 16 in range(17)
 
 
+@pytest.mark.full
 def test_augmentation_is_applied_on_request():
     indices = jnp.arange(16).reshape(1, 16)
     plain = train(MODEL, NO_MOVE, indices)[2]
@@ -264,6 +275,7 @@ def test_augmentation_is_applied_on_request():
     assert abs(plain.loss - augmented.loss) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("chunk_size", [4, 7, 16, 100])
 def test_evaluation_covers_the_whole_split_with_running_statistics(chunk_size):
     dataset, model = make_dataset(), DROPOUT_MODEL
@@ -298,6 +310,7 @@ def test_calls_divide_an_epoch_evenly(steps, expected):
     assert steps_per_call(steps) == expected
 
 
+@pytest.mark.full
 def test_learning_rate_falls_to_zero_along_a_cosine_and_weights_decay():
     params = jnp.ones(1)
 

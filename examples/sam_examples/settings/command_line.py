@@ -22,7 +22,7 @@ Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingOptions:
     """The options of any training."""
 
     epochs: int = 40
@@ -48,7 +48,7 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisyDigits(Training):
+class NoisyDigits(TrainingOptions):
     """The options of a training on the digits with label noise."""
 
     # What is no option here, and is one of train.py. Its layers have names of their
@@ -88,7 +88,7 @@ def require_at_least_one(options: Any, *names: str) -> None:
         require(value is None or value >= 1, f"--{flag} must be at least 1", value)
 
 
-def check_training(options: Training, num_examples: int) -> None:
+def check_training(options: TrainingOptions, num_examples: int) -> None:
     """Checks the options of any training, given the number of training images.
 
     Raises:

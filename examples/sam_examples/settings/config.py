@@ -20,7 +20,7 @@ from sam_examples.settings.command_line import (
     Directory,
     Float,
     Int,
-    Training,
+    TrainingOptions,
     require,
     require_at_least_one,
 )
@@ -33,7 +33,7 @@ from sam_examples.settings.methods import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training):
+class Config(TrainingOptions):
     """Trains a model with one method, and reports its accuracy on held-out images.
 
     The accuracy is that after the last epoch, on images that nothing was chosen on.
