@@ -33,7 +33,23 @@ from sam_examples.settings.methods import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainingOptions):
+class DataOptions:
+    """Which images to train on."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "imagenet"] = "digits"
+    """The digits come with scikit-learn; the others are read from --data-dir."""
+    data_dir: Directory = None
+    """Where the unpacked archive of CIFAR is, or ImageNet's train/ and val/."""
+    noise_seed: int = 0
+    """Draws which labels are replaced, and by what."""
+    train_on_all: bool = False
+    """Holds no training images out to validate on, as papers do that report CIFAR."""
+    augment: bool = False
+    """Whether to crop, flip and cut out CIFAR's images at random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingOptions, DataOptions):
     """Trains a model with one method, and reports its accuracy on held-out images.
 
     The accuracy is that after the last epoch, on images that nothing was chosen on.
@@ -45,18 +61,6 @@ class Config(TrainingOptions):
     """
 
     shared_names: ClassVar[bool] = True
-
-    dataset: Literal["digits", "cifar10", "cifar100", "imagenet"] = "digits"
-    """The digits come with scikit-learn; the others are read from --data-dir."""
-    data_dir: Directory = None
-    """Where the unpacked archive of CIFAR is, or ImageNet's train/ and val/."""
-    noise_seed: int = 0
-    """Draws which labels are replaced, and by what."""
-    train_on_all: bool = False
-    """Holds no training images out to validate on, as papers do that report CIFAR."""
-
-    augment: bool = False
-    """Whether to crop, flip and cut out CIFAR's images at random."""
 
     model: Annotated[str, tyro.conf.arg(help=f"Out of {', '.join(MODELS)}.")] = (
         "resnet8"
