@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from sam_examples.config_file import parse
+from sam_examples.settings.config_file import parse
 
 import optax_sam
 
