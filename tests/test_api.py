@@ -77,7 +77,7 @@ worst_case_sharpness(loss_fn, params, batch, *, rho, steps=20, step_size=1.0,
 """,
     "optax_sam.implicit": """
 Channels(sparsity, by='gradient')
-Masked(mask)
+Masked(mask, layer='the layer')
 MaskedConvGeneralDilated()
 MaskedDotGeneral()
 sparsify(model, how)

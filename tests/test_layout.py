@@ -10,11 +10,11 @@ import pytest
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "optax_sam"
 # What the modules of a folder may import of the package. Every other paper scales by
-# SAM's link, and scores are gradients of the losses that the protocol describes.
+# the link of SAM.
 MAY_IMPORT = {
     "_base": {"_base"},
     "_engine": {"_base", "_engine"},
-    "_masks": {"_base", "_masks", "_engine.protocol"},
+    "_masks": {"_base", "_masks"},
     "_ascents": {"_base", "_engine", "_masks", "_ascents.sam"},
     "diagnostics": {"_base", "_engine", "_masks", "diagnostics"},
     "implicit": {"_base"},
