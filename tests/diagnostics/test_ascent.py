@@ -69,6 +69,7 @@ def test_metrics_are_those_of_the_perturbation(ascent, density):
     assert metrics.effective_sample_size == 8
 
 
+@pytest.mark.full
 def test_masks_combine_and_are_those_in_use():
     """Two random masks, both exchanged after the step, and one made before it."""
     masks = [

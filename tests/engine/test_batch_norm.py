@@ -34,7 +34,7 @@ def norm_loss_fn(model):
     return loss_fn
 
 
-@cover(across=[True, False], check_vma=[True, False])
+@cover(across=[True, False], check_vma=[True, False], default=("True-False",))
 def test_batch_normalisation_with_and_without_statistics_across_devices(
     across, check_vma
 ):
