@@ -94,6 +94,7 @@ def test_vasso_with_theta_one_is_sam():
         "dynamic": dynamic,
     },
     dtype=DTYPES,
+    default=("sam-float32", "asam-bfloat16", "dynamic-float16"),
 )
 def test_rho_zero_is_the_base(tx, dtype):
     problem, base = problems.perceptron(dtype), optax.adamw(1e-2, eps=1e-4)

@@ -337,36 +337,36 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
     problems.assert_trees_close(again[0], directions[0], rtol=1e-6)
 
 
-def test_outside_of_jit_results_are_the_same():
+OUTSIDE = {
+    "eigenvalues": lambda *at: (
+        diagnostics.top_eigenvalues(*at, iterations=6, key=0).values
+    ),
+    "density": lambda *at: diagnostics.spectral_density(
+        *at, iterations=3, num_probes=2, key=0
+    ),
+    "worst": lambda *at: diagnostics.worst_case_sharpness(
+        *at, rho=0.3, steps=9, micro_batch_size=4, key=0
+    ),
+    "average": lambda *at: diagnostics.average_sharpness(
+        *at, rho=0.3, num_samples=3, key=0
+    ),
+}
+
+
+@pytest.mark.parametrize("measure", defaults(OUTSIDE, ["average"]))
+def test_outside_of_jit_results_are_the_same(measure):
     """There every step is a program, which is compiled once and traced as often."""
-    traced = []
+    traced, measure = [], OUTSIDE[measure]
 
     def counted(params, batch):
         traced.append(batch)
         return NETWORK.loss_fn(params, batch)
 
     # Of NumPy, which is not to be traced, nor to go to a device each time.
-    at = counted, NETWORK.params, jax.tree.map(np.asarray, NETWORK.batch)
-    measures = {
-        "eigenvalues": lambda *at: (
-            diagnostics.top_eigenvalues(*at, iterations=6, key=0).values
-        ),
-        "density": lambda *at: diagnostics.spectral_density(
-            *at, iterations=3, num_probes=2, key=0
-        ),
-        "worst": lambda *at: diagnostics.worst_case_sharpness(
-            *at, rho=0.3, steps=9, micro_batch_size=4, key=0
-        ),
-        "average": lambda *at: diagnostics.average_sharpness(
-            *at, rho=0.3, num_samples=3, key=0
-        ),
-    }
-    for name, measure in measures.items():
-        traced.clear()
-        found = measure(*at)
-        assert 0 < len(traced) < 8, name
-        expected = jax.jit(partial(measure, NETWORK.loss_fn))(*at[1:])
-        problems.assert_trees_close(found, expected, rtol=1e-3, atol=1e-5)
+    found = measure(counted, NETWORK.params, NETWORK.batch)
+    assert 0 < len(traced) < 8
+    expected = jax.jit(partial(measure, NETWORK.loss_fn))(NETWORK.params, NETWORK.batch)
+    problems.assert_trees_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_outside_of_jit_a_step_is_compiled_for_each_kind_of_argument():
