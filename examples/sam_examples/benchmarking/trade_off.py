@@ -28,14 +28,13 @@ from sam_examples.settings.command_line import (
 TUNING_SEED = 1000
 SETTINGS = ("epochs", "noise", "batch_size", "learning_rate", "weight_decay", "width")
 
-HELP = """
+HELP = """\
 A small ResNet learns the digits with label noise, as in compare.py. Every configuration
 gets the rho that does best on the validation split, and is then trained with other
 seeds, whose test accuracy counts. Its steps are timed in turns with those of all
 others. Every training is added to runs.jsonl in --out as it ends, and not repeated if
 found there. Prints a table; writes results.json and, for each width that is timed, a
-plot.
-"""
+plot."""
 
 
 @dataclasses.dataclass(frozen=True)
