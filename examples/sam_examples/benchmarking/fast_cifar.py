@@ -1,0 +1,309 @@
+"""A training on CIFAR-10 that takes a GPU seconds: data, epochs and evaluation on it.
+
+What differs between two runs of a method is traced, so that they share one compiled
+program: an epoch, over data that stay on the device.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_sam
+from sam_examples.data import Dataset, Split, augment, flip_labels, normalize
+from sam_examples.models.airbench import Airbench, whitening_filters
+from sam_examples.models.convolution import fastest_convolution
+from sam_examples.settings.methods import METHODS, make_ascent
+from sam_examples.training.evaluation import make_evaluate
+from sam_examples.training.step import TrainState, make_init
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What all runs have in common.
+
+    Attributes:
+      widths: channels of the three blocks of the network.
+      batch_size: images of a step.
+      momentum: of SGD, Nesterov's.
+      weight_decay: L2 penalty of all parameters.
+      label_smoothing: share of each target that is spread over all classes.
+      warmup: share of the steps in which the learning rate rises from 0; it then falls
+        to 0, along lines.
+      pad: pixels of padding on each side, from which crops are taken.
+      dtype: type of the computation; parameters are float32.
+    """
+
+    widths: tuple[int, int, int] = (64, 256, 256)
+    batch_size: int = 512
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    label_smoothing: float = 0.2
+    warmup: float = 0.2
+    pad: int = 2
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is trained: one entry of the ledger.
+
+    Attributes:
+      label: what the configuration is called.
+      method: out of `METHODS`, or several joined by +.
+      hyperparameters: pairs of name and value, in place of the method's defaults, and
+        `learning_rate`, the largest one; `perturb` names the layers of a static mask.
+      noise: share of the training labels that are replaced by another class.
+      epochs: passes over the training images.
+      seed: draws label noise, parameters, batches and what the method draws.
+    """
+
+    label: str
+    method: str
+    hyperparameters: tuple[tuple[str, Any], ...]
+    noise: float
+    epochs: int
+    seed: int
+
+
+class Outcome(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+      valid: accuracy on the held-out split after the last epoch.
+      test: accuracy on the test split.
+      train_loss: mean loss of the last epoch's clean passes.
+      step_seconds: wall time of a step, the median over epochs.
+      seconds: wall time of the training and its evaluation.
+    """
+
+    valid: float
+    test: float
+    train_loss: float
+    step_seconds: float
+    seconds: float
+
+
+Values = Mapping[str, Any]
+TRACED = ("learning_rate", "rho", "theta", "strength")
+
+
+class Trainer:
+    """Trains runs of one recipe on one data set, each program compiled once."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
+        """Puts the data on the device.
+
+        Args:
+          dataset: in memory, labels without noise.
+          recipe: what all runs have in common.
+        """
+        self._labels = np.asarray(dataset.train.labels)
+        self._dataset = dataset._replace(
+            train=jax.device_put(dataset.train),
+            valid=jax.device_put(dataset.valid),
+            test=jax.device_put(dataset.test),
+        )
+        self._recipe = recipe
+        self._epoch_steps = len(self._labels) // recipe.batch_size
+        self._model = Airbench(
+            dataset.num_classes,
+            recipe.widths,
+            conv=fastest_convolution(jax.default_backend()),
+            dtype=jnp.dtype(recipe.dtype),
+        )
+        first = normalize(dataset.train.images[:5000], dataset.mean, dataset.std)
+        self._whitening = jnp.asarray(whitening_filters(first))
+        self._init = make_init(self._model, dataset)
+        self._evaluate = make_evaluate(self._model, dataset)
+        self._programs: dict[Any, Any] = {}
+
+    def program(self, run: Run) -> Any:
+        """What the compiled program of a run depends on: runs that share it are equal.
+
+        Hashable.
+        """
+        fixed = {k: v for k, v in self._values(run).items() if k not in TRACED}
+        return run.method, tuple(sorted(fixed.items()))
+
+    def is_compiled(self, run: Run) -> bool:
+        """Whether `train` would start at once."""
+        return self.program(run) in self._programs
+
+    def compile(self, run: Run) -> None:
+        """Compiles the program of a run."""
+        values, split = self._values(run), self._dataset.train
+        traced = _traced(values, run, self._epoch_steps)
+        state = self._first_state(run, values)
+        epoch = jax.jit(self._make_epoch(run.method, values), donate_argnums=0)
+        lowered = epoch.lower(state, split, traced, jax.random.key(0))
+        self._programs[self.program(run)] = lowered.compile()
+
+    def train(self, run: Run) -> Outcome:
+        """Trains and evaluates, with a compiled program."""
+        start = time.perf_counter()
+        values = self._values(run)
+        traced = _traced(values, run, self._epoch_steps)
+        labels = flip_labels(
+            self._labels, run.noise, self._dataset.num_classes, run.seed
+        )
+        split = self._dataset.train._replace(labels=jnp.asarray(labels))
+        state, key = self._first_state(run, values), jax.random.key(run.seed)
+        program, seconds = self._programs[self.program(run)], []
+        for epoch in range(run.epochs):
+            epoch_start = time.perf_counter()
+            state, loss = program(state, split, traced, jax.random.fold_in(key, epoch))
+            loss.block_until_ready()
+            seconds.append(time.perf_counter() - epoch_start)
+        valid, test = (
+            float(self._evaluate(state, split).accuracy)
+            for split in (self._dataset.valid, self._dataset.test)
+        )
+        return Outcome(
+            valid=valid,
+            test=test,
+            train_loss=float(loss),
+            step_seconds=float(np.median(seconds)) / self._epoch_steps,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _values(self, run: Run) -> dict[str, Any]:
+        """The hyperparameters of a run, those that it leaves out included."""
+        defaults = {
+            name: value
+            for part in run.method.split("+")
+            for name, value in METHODS[part].items()
+        }
+        # A new mask each epoch.
+        if "refresh_every" in defaults:
+            defaults["refresh_every"] = self._epoch_steps
+        return {**defaults, **dict(run.hyperparameters)}
+
+    def _first_state(self, run: Run, values: Values) -> TrainState:
+        tx = self._make_tx(run.method, values, run.epochs * self._epoch_steps, run.seed)
+        state = self._init(run.seed, tx)
+        stats = {**state.batch_stats, "whitening": jnp.copy(self._whitening)}
+        return state._replace(batch_stats=stats)
+
+    def _make_tx(
+        self, method: str, values: Values, num_steps: Any, seed: int
+    ) -> optax.GradientTransformation:
+        recipe, values = self._recipe, dict(values)
+        base = optax.chain(
+            optax.add_decayed_weights(recipe.weight_decay),
+            optax.sgd(
+                triangle(values.pop("learning_rate"), recipe.warmup, num_steps),
+                momentum=recipe.momentum,
+                nesterov=True,
+            ),
+        )
+        perturb = values.pop("perturb", ())
+        ascent = make_ascent(method, values, num_steps, key=seed, perturb=perturb)
+        if ascent is None:
+            return base
+        tx: optax.GradientTransformation = optax_sam.sharpness_aware(
+            base,
+            ascent,
+            micro_batch_size=values.get("micro_batch_size"),
+            # A loop is slow on the CPU, and elsewhere spares convolutions in groups.
+            micro_batches_at_once=None if jax.default_backend() == "cpu" else 1,
+        )
+        return tx
+
+    def _make_epoch(self, method: str, values: Values) -> Callable[..., Any]:
+        """Makes `epoch(state, split, traced, key) -> state, loss`, to be compiled."""
+        fixed = {k: v for k, v in values.items() if k not in TRACED}
+        loss_fn, scoring_loss_fn = _make_loss_fns(self._model, self._recipe)
+
+        def epoch(
+            state: TrainState, split: Split, traced: Values, key: jax.Array
+        ) -> tuple[TrainState, jax.Array]:
+            numbers = dict(traced)
+            num_steps = numbers.pop("num_steps")
+            # What a method draws with is in its state.
+            tx = self._make_tx(method, {**fixed, **numbers}, num_steps, seed=0)
+            take = optax_sam.value_and_update(
+                loss_fn, tx, has_aux=True, scoring_loss_fn=scoring_loss_fn
+            )
+
+            def step(
+                state: TrainState, step_input: tuple[jax.Array, jax.Array]
+            ) -> tuple[TrainState, jax.Array]:
+                index, key = step_input
+                batch = self._batch(split, index, key)
+                params, stats, opt_state = state
+                (loss, stats), updates, opt_state = take(
+                    params, opt_state, batch, stats
+                )
+                params = optax.apply_updates(params, updates)
+                return TrainState(params, stats, opt_state), loss
+
+            order_key, steps_key = jax.random.split(key)
+            size = (self._epoch_steps, self._recipe.batch_size)
+            order = jax.random.permutation(order_key, len(split.labels))
+            indices = order[: math.prod(size)].reshape(size)
+            keys = jax.random.split(steps_key, len(indices))
+            state, losses = jax.lax.scan(step, state, (indices, keys))
+            return state, jnp.mean(losses)
+
+        return epoch
+
+    def _batch(self, split: Split, index: jax.Array, key: jax.Array) -> Split:
+        """The images of a step, cropped and flipped."""
+        dataset = self._dataset
+        images = normalize(split.images[index], dataset.mean, dataset.std)
+        images = augment(key, images, pad=self._recipe.pad, cutout_probability=0.0)
+        return Split(images, split.labels[index])
+
+
+def _traced(values: Values, run: Run, epoch_steps: int) -> dict[str, jax.Array]:
+    """The numbers that a compiled program is called with."""
+    numbers = {k: jnp.float32(v) for k, v in values.items() if k in TRACED}
+    return {**numbers, "num_steps": jnp.int32(run.epochs * epoch_steps)}
+
+
+def triangle(peak: Any, warmup: float, num_steps: Any) -> optax.Schedule:
+    """Rises from 0 over a share of the steps, then falls to 0, along lines."""
+
+    def schedule(count: Any) -> jax.Array:
+        done = (count + 1) / (num_steps + 1)
+        rate: jax.Array = peak * jnp.minimum(done / warmup, (1 - done) / (1 - warmup))
+        return rate
+
+    return schedule
+
+
+def _make_loss_fns(
+    model: nn.Module, recipe: Recipe
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The loss of a step, and the one in evaluation mode that masks are scored by."""
+
+    def losses_of(logits: Any, labels: jax.Array) -> jax.Array:
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
+        targets = optax.smooth_labels(targets, recipe.label_smoothing)
+        losses: jax.Array = optax.softmax_cross_entropy(logits, targets)
+        return losses
+
+    def loss_fn(params: Any, batch: Split, stats: Any) -> tuple[jax.Array, Any]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": stats},
+            batch.images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return losses_of(logits, batch.labels), updated["batch_stats"]
+
+    def scoring_loss_fn(params: Any, batch: Split, stats: Any) -> jax.Array:
+        variables = {"params": params, "batch_stats": stats}
+        return losses_of(
+            model.apply(variables, batch.images, train=False), batch.labels
+        )
+
+    return loss_fn, scoring_loss_fn
