@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich.progress import track
 
 import optax_sam
 
@@ -19,9 +19,21 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sam_examples.benchmarking import measure
-from sam_examples.benchmarking.measure import BASE, RHO, SGD, Problem, Row, engine
+from sam_examples.benchmarking.measure import (
+    BASE,
+    RHO,
+    SGD,
+    Compiled,
+    Problem,
+    Row,
+    engine,
+)
+from sam_examples.benchmarking.together import together
 from sam_examples.settings.command_line import one_line_errors, require
 from sam_examples.training.step import make_loss_fn
+
+from benchmarks.step_cost import CONTRIB, HAND_WRITTEN
+from benchmarks.step_cost import ROWS as WRITTEN
 
 RADIUS = optax_sam.scale_to_radius(RHO)
 
@@ -43,6 +55,8 @@ class Options(measure.Options):
     """Type of the computation."""
     steps: int = 10
     """Steps that each row takes in a round, none of which waits for the one before."""
+    rows: tuple[str, ...] = ()
+    """Rows beside SGD's, by the beginnings of their names; without any, all."""
 
 
 def static(*layers: str) -> Row:
@@ -69,6 +83,9 @@ def make_rows(options: Options) -> Mapping[str, Row]:
     return {
         SGD: engine(BASE),
         "SAM": engine(optax_sam.sam(BASE, RHO)),
+        HAND_WRITTEN: WRITTEN[HAND_WRITTEN],
+        CONTRIB: WRITTEN[CONTRIB],
+        "ASAM": engine(optax_sam.asam(BASE, 10 * RHO)),
         "VaSSO": engine(optax_sam.vasso(BASE, RHO, theta=0.4)),
         "SSAM-F, half": engine(fisher),
         "SSAM-D, half": engine(dynamic),
@@ -79,6 +96,13 @@ def make_rows(options: Options) -> Mapping[str, Row]:
         ),
         f"m-SAM, m = {size}": engine(optax_sam.m_sam(BASE, RHO, size)),
     }
+
+
+def choose_rows(options: Options) -> dict[str, Row]:
+    """The rows that the options ask for."""
+    wanted = (SGD, *options.rows)
+    rows = make_rows(options).items()
+    return {k: v for k, v in rows if not options.rows or k.startswith(wanted)}
 
 
 def make_problem(options: Options) -> Problem:
@@ -94,16 +118,24 @@ def make_problem(options: Options) -> Problem:
     return problem._replace(model=model, loss_fn=make_loss_fn(model))
 
 
+def compile_steps(rows: Mapping[str, Row], problem: Problem) -> dict[str, Compiled]:
+    """Compiles a step of each row."""
+
+    def compile_row(name: str) -> Compiled:
+        # Masks are made at the first step; a count past it takes the branch away.
+        count = 1 if "SSAM" in name else None
+        return measure.compile_step(rows[name], problem, count=count)
+
+    steps = together([partial(compile_row, name) for name in rows])
+    return dict(zip(rows, steps, strict=True))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the measurement that the command line asks for."""
     options = tyro.cli(Options, args=args)
     with one_line_errors():
         problem = make_problem(options)
-    # Masks are made at the first step; a count past it takes the branch away.
-    compiled = {
-        name: measure.compile_step(row, problem, count=1 if "SSAM" in name else None)
-        for name, row in track(make_rows(options).items(), "compiling")
-    }
+    compiled = compile_steps(choose_rows(options), problem)
     turns = {
         name: step.turn(problem.batch, options.steps) for name, step in compiled.items()
     }

@@ -261,7 +261,11 @@ def print_table(
 def save(options: Any, **tables: Mapping[str, Figures]) -> None:
     """Writes all figures to the file that the options name, if they name one."""
     if options.json is not None:
-        settings = dataclasses.asdict(options) | {"cores": os.cpu_count()}
+        settings = dataclasses.asdict(options) | {
+            "cores": os.cpu_count(),
+            "device": jax.devices()[0].device_kind,
+        }
+        del settings["json"]
         write_json(
             options.json, {"settings": settings, "versions": versions(), **tables}
         )
