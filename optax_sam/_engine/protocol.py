@@ -69,7 +69,7 @@ def given(batch: Any = MISSING, **others: Any) -> dict[str, Any]:
 def require(owner: str, or_else: str = "", **arguments: Any) -> None:
     """Refuses to go on without an argument that a method needs."""
     for name, value in arguments.items():
-        if value is None or value is MISSING:
+        if value is MISSING or (value is None and name != "batch"):
             raise ValueError(
                 f"{owner}: {name} is missing; call tx.update(grads, state, params, "
                 "loss_fn=..., batch=...) with loss_fn(params, batch) -> losses "

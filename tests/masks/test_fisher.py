@@ -8,7 +8,7 @@ import problems
 import pytest
 
 import optax_sam
-from optax_sam._engine import protocol
+from optax_sam._base import losses
 from optax_sam._masks import fisher
 
 
@@ -59,7 +59,7 @@ def test_probes_are_exact_over_all_signs(monkeypatch):
 
     def probe(signs):
         monkeypatch.setattr(jax.random, "rademacher", lambda *_: signs)
-        clean = protocol.linearise(
+        clean = losses.linearise(
             lambda p: problem.loss_fn(p, problem.batch), problem.params
         )
         return fisher.fisher_from_probes(*clean, n, 1, jax.random.key(0))
@@ -74,7 +74,7 @@ def test_probes_estimate_the_diagonal():
 
     @jax.jit
     def probe(params):
-        clean = protocol.linearise(lambda p: problem.loss_fn(p, problem.batch), params)
+        clean = losses.linearise(lambda p: problem.loss_fn(p, problem.batch), params)
         return fisher.fisher_from_probes(*clean, 16, num_probes, jax.random.key(1))
 
     estimate = probe(problem.params)
