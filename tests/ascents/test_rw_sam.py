@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from methods import DTYPES, cover
+from methods import DTYPES, cover, defaults
 
 import optax_sam
 from optax_sam import reweight_by_sharpness
@@ -84,10 +84,14 @@ def gibbs(exponents):
     return p / p.sum()
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"num_probes": 3}, {"estimator": "jvp"}, {"normalize": True}],
-    ids=lambda kwargs: next(iter(kwargs), "default"),
+@cover(
+    kwargs={
+        "default": {},
+        "num_probes": {"num_probes": 3},
+        "estimator": {"estimator": "jvp"},
+        "normalize": {"normalize": True},
+    },
+    default=("default", "normalize"),
 )
 def test_closed_form(kwargs):
     problem, strength = problems.perceptron(), 0.3
@@ -134,6 +138,7 @@ def test_finite_differences_tend_to_the_derivative():
     assert error(1e-4) < 5e-3
 
 
+@pytest.mark.full
 def test_jvp_works_in_bfloat16_where_differences_do_not():
     problem = problems.perceptron(jnp.bfloat16, sizes=(16, 32, 32, 4))
     wide = problem._replace(
@@ -161,6 +166,7 @@ def trained_by_sam(batch_size):
         "estimator": {"estimator": "jvp"},
         "normalize": {"normalize": True},
     },
+    default=("7-default", "16-estimator"),
 )
 def test_strength_zero_is_sam_bit_for_bit(kwargs, batch_size):
     problem, base = problems.perceptron(batch_size=batch_size), BASE
@@ -169,7 +175,11 @@ def test_strength_zero_is_sam_bit_for_bit(kwargs, batch_size):
     problems.assert_trees_equal(params, expected)
 
 
-@cover(size=[1, 3, 7, 16, 100], dtype=DTYPES)
+@cover(
+    size=[1, 3, 7, 16, 100],
+    dtype=DTYPES,
+    default=("1-float16", "7-float32", "100-bfloat16"),
+)
 def test_weights_are_uniform_where_that_is_sam(size, dtype):
     equal, flat, varied = (
         lines(slopes, 1.0, dtype)
@@ -184,7 +194,11 @@ def test_weights_are_uniform_where_that_is_sam(size, dtype):
     )
 
 
-@cover(strength={"1e30": 1e30, "inf": lambda count: jnp.inf}, estimator=ESTIMATORS)
+@cover(
+    strength={"1e30": 1e30, "inf": lambda count: jnp.inf},
+    estimator=ESTIMATORS,
+    default=("inf-finite_difference",),
+)
 def test_unbounded_strength_is_the_ascent_of_the_sharpest_example(strength, estimator):
     problem = problems.perceptron()
     link = reweight_by_sharpness(strength, key=0, estimator=estimator)
@@ -248,7 +262,7 @@ def test_an_example_whose_probe_overflows_gets_no_weight():
     np.testing.assert_array_equal(p, np.full(3, 1 / 3, np.float32))
 
 
-@cover(bad=[np.inf, np.nan], estimator=ESTIMATORS)
+@cover(bad=[np.inf, np.nan], estimator=ESTIMATORS, default=("inf-finite_difference",))
 def test_a_bad_example_leaves_the_ascent_as_it_was(bad, estimator):
     problem = problems.perceptron()
     ascent = optax.chain(
@@ -269,7 +283,7 @@ def test_a_bad_example_leaves_the_ascent_as_it_was(bad, estimator):
     assert 0 < problems.norm(updates) < np.inf
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e30])
+@pytest.mark.parametrize("scale", defaults([0.0, 1e30], [1e30]))
 def test_losses_of_any_size_keep_parameters_finite(scale):
     problem = problems.perceptron()
     scaled = problem._replace(loss_fn=lambda p, b: scale * problem.loss_fn(p, b))
@@ -281,7 +295,7 @@ def test_losses_of_any_size_keep_parameters_finite(scale):
 def test_without_a_pullback_the_result_is_the_same():
     problem = problems.perceptron()
     tx = rw_sam(optax.sgd(0.1), estimator="jvp", num_probes=2)
-    step = optax_sam.value_and_update(problem.loss_fn, tx)
+    step = jax.jit(optax_sam.value_and_update(problem.loss_fn, tx))
     _, expected, state = step(problem.params, tx.init(problem.params), problem.batch)
     updates, by_hand = problems.ascend(tx, problem)
     problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
