@@ -207,7 +207,7 @@ def test_chain_around_changes_the_ascent_only(method):
     problems.assert_trees_close(scaled, plain, rtol=1e-5, atol=1e-6)
 
 
-@cover(method=METHODS, default=("sam", "vasso", "micro-batches"))
+@cover(method=METHODS, default=("sam", "micro-batches"))
 def test_multi_steps_inside_takes_a_step_every_k_batches(method):
     """One ascent per micro-batch, one descent along the mean of their gradients."""
     problem = problems.perceptron()

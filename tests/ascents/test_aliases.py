@@ -40,7 +40,7 @@ SAM = optax_sam.sam(BASE, rho=0.1)
     rescale=[False, True],
     method=[sparse, dynamic],
     dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16},
-    default=("False-sparse-float32", "True-dynamic-float32"),
+    default=("False-sparse-float32",),
 )
 def test_sparsity_zero_is_sam_and_one_is_the_base(method, rescale, dtype):
     sam, plain = trained(SAM, dtype), trained(BASE, dtype)

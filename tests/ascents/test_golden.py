@@ -4,9 +4,8 @@ import pytest
 import trajectories
 from methods import defaults
 
-# The others differ from one of these in their hyperparameters only.
-DEFAULT = ("sam", "vasso_t04", "asam", "ssamf_unstructured", "ssamf_structured",
-           "ssamf_nm24", "ssamd_grad")  # fmt: skip
+# The others differ from one of these in hyperparameters or in the pattern only.
+DEFAULT = ("sam", "vasso_t04", "asam", "ssamf_unstructured", "ssamf_nm24", "ssamd_grad")
 
 
 @pytest.mark.parametrize("method", defaults(trajectories.METHODS, DEFAULT))

@@ -302,6 +302,7 @@ def test_without_a_pullback_the_result_is_the_same():
     problems.assert_trees_close(by_hand, state, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_draws_depend_on_key_and_count_only():
     problem, key = problems.perceptron(), jax.random.key(5)
     expected = slopes(problem, 3, key=5)

@@ -110,7 +110,7 @@ def trained_by_rw_sam():
     return trained(reweight_by_sharpness(0.5, key=0), RADIUS)
 
 
-@pytest.mark.parametrize("name", defaults(COMPANIONS, ("VaSSO", "static")))
+@pytest.mark.parametrize("name", defaults(COMPANIONS, ["static"]))
 def test_combined_methods_fall_back_to_each_other(name):
     companion = COMPANIONS[name]
     reweight, uniform = (reweight_by_sharpness(s, key=0) for s in (0.5, 0.0))
@@ -138,6 +138,7 @@ def test_the_average_is_that_of_reweighted_gradients():
     problems.assert_trees_close(averaged, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_mask_of_the_reweighted_ascent_is_the_mask_of_the_fisher_information():
     problem = problems.perceptron()
     fisher, radius = masks(optax_sam.unstructured(0.5)), optax_sam.scale_to_radius(0.1)
@@ -150,7 +151,7 @@ def test_a_mask_of_the_reweighted_ascent_is_the_mask_of_the_fisher_information()
     problems.assert_trees_equal(masked, expected)
 
 
-@pytest.mark.parametrize("size", [16, 5, 1])
+@pytest.mark.parametrize("size", defaults([16, 5, 1], [5]))
 def test_slopes_are_those_of_the_loss_of_the_ascent(size):
     """Another loss, or a part of the batch."""
     problem = problems.perceptron()

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+from methods import cover
 
 import optax_sam
 
@@ -32,8 +33,7 @@ def flat(tree):
     return np.concatenate([np.ravel(tree[name]) for name in SIZES])
 
 
-@pytest.mark.parametrize("grow_by", ["random", "gradient"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.2, 0.5, 0.8, 0.97, 1.0])
+@cover(grow_by=["random", "gradient"], sparsity=[0.0, 0.1, 0.2, 0.5, 0.8, 0.97, 1.0])
 def test_density_is_constant_at_every_step_and_sparsity(sparsity, grow_by):
     link = make(sparsity, grow_by=grow_by, drop_fraction=0.9, decay_steps=30)
     state, update = link.init(PARAMS), jax.jit(link.update)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+from methods import defaults
 
 import optax_sam
 from optax_sam import reweight_by_sharpness
@@ -199,7 +200,7 @@ def penalised_gradient(problem, rho, weight):
     return jax.grad(objective)(problem.params)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize("m", defaults([1, 2, 3], [2]))
 def test_variance_penalty_of_batches_drawn_with_replacement(m):
     problem = quadratics()
     draws = np.array(list(itertools.product(range(EXAMPLES), repeat=m)))

@@ -74,7 +74,7 @@ def mean_of_micro_batches(made, params, batch, state=None):
 @cover(
     name=ASCENTS.keys(),
     at_once=[1, None, 2],
-    default=("sam-2", "vasso-None", "fisher-1"),
+    default=("sam-2", "vasso-None"),
 )
 def test_base_descends_along_the_mean_of_what_micro_batches_ascend_to(name, at_once):
     params, _, (x, labels) = perceptron()

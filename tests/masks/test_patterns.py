@@ -99,7 +99,7 @@ def test_n_m_breaks_ties_by_position_and_leaves_vectors_whole():
     assert optax_sam.n_m(3, 3)(jnp.ones((2, 5))).all()
 
 
-@cover(pattern=PATTERNS, dtype=DTYPES)
+@cover(pattern=PATTERNS, dtype=DTYPES, default=("unstructured-float32", "n_m-bfloat16"))
 def test_masks_have_the_form_of_the_scores(pattern, dtype):
     w, b, s = random_scores((4, 8), (8,), (), dtype=dtype)
     scores = {"w": w, "b": b, "tuple": (s, None), "absent": optax.MaskedNode()}
