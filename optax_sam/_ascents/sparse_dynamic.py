@@ -287,16 +287,15 @@ def _ranks(updates: optax.Updates) -> chex.ArrayTree:
 def _random_ranks(key: jax.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
     leaves, structure = jax.tree.flatten(tree, is_leaf=trees.is_absent)
     words = random.words(key, len(leaves))
-
-    def draw(i: int, leaf: Any) -> Any:
-        if trees.is_absent(leaf):
-            return leaf
-        # All above 0; far more values than a random float has, hence few ties. On a
-        # mesh of explicit axes they are placed as the leaf is.
-        drawn = random.bits(words[i], jnp.shape(leaf))
-        return drawn | jnp.ones_like(leaf, dtype=jnp.uint32)
-
-    return jax.tree.unflatten(structure, [draw(i, x) for i, x in enumerate(leaves)])
+    # All above 0, and few are equal. On a mesh of explicit axes they are placed as the
+    # leaf is.
+    ranks = [
+        x
+        if trees.is_absent(x)
+        else random.bits(words[i], jnp.shape(x)) | jnp.ones_like(x, dtype=jnp.uint32)
+        for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, ranks)
 
 
 def _any_nonzero(tree: chex.ArrayTree) -> jax.Array:
