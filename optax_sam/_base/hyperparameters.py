@@ -41,11 +41,21 @@ def as_schedule(
       ValueError: If `value` is not a scalar or lies outside the interval; in a step, if
         a schedule does not return a scalar.
     """
-    if callable(value):
-        return _checked_schedule(owner, name, value)
-    value = check_number(owner, name, value, low=low, high=high, other=" or a schedule")
-    constant = value if isinstance(value, _ARRAYS) else float(value)
-    return lambda count: jnp.asarray(constant)
+    if not callable(value):
+        or_schedule = " or a schedule"
+        value = check_number(owner, name, value, low=low, high=high, other=or_schedule)
+        constant = value if isinstance(value, _ARRAYS) else float(value)
+        return lambda count: jnp.asarray(constant)
+
+    def checked(count: chex.Numeric) -> jax.Array:
+        found = value(count)
+        if not isinstance(found, (*_ARRAYS, int, float)) or jnp.shape(found):
+            what = f"the schedule {name} must return a scalar"
+            remedy = f"pass a function from the count of steps to {name}"
+            refuse(owner, what, found, remedy)
+        return jnp.asarray(found)
+
+    return checked
 
 
 def check_number(
@@ -79,20 +89,6 @@ def check_number(
     if not in_range or (positive and number == 0):
         _refuse_size(owner, name, f"{number:g}", remedy)
     return value
-
-
-def _checked_schedule(
-    owner: str, name: str, schedule: optax.Schedule
-) -> Callable[[chex.Numeric], jax.Array]:
-    def checked(count: chex.Numeric) -> jax.Array:
-        value = schedule(count)
-        if not isinstance(value, (*_ARRAYS, int, float)) or jnp.shape(value):
-            what = f"the schedule {name} must return a scalar"
-            remedy = f"pass a function from the count of steps to {name}"
-            refuse(owner, what, value, remedy)
-        return jnp.asarray(value)
-
-    return checked
 
 
 def check_integer(
