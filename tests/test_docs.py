@@ -145,6 +145,7 @@ def test_shard_map():
     problems.assert_trees_close(scope["step"](*inputs), alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 def test_diagnostics():
     scope = after_the_quickstart("docs/diagnostics.md", "Diagnostics")
     figures = scope["figures"]

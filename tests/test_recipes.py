@@ -73,6 +73,7 @@ def test_parts_take_the_memory_of_one():
     assert temporaries(in_parts(problem.loss_fn, 16)) < 0.25 * whole
 
 
+@pytest.mark.full
 def test_ascents_per_part_and_for_all_parts_differ():
     """The two meanings of accumulation: m-SAM, and the SAM of the whole batch."""
     base = optax.sgd(1.0)
@@ -114,6 +115,7 @@ def test_a_loss_scale_changes_gradients_by_rounding_only(method):
         problems.assert_trees_close(updates, expected[1], rtol=0.05, atol=2e-3)
 
 
+@pytest.mark.full
 def test_small_gradients_need_the_scale():
     tx = optax_sam.sam(optax.sgd(1.0), 0.1)
     tiny = scope_of(FLOAT16, loss_fn=lambda p, b: 1e-7 * PROBLEM.loss_fn(p, b))
@@ -147,6 +149,7 @@ def test_overflow_skips_the_step_and_halves_the_scale():
     assert opt_state.base_state.total_notfinite == 2
 
 
+@pytest.mark.full
 def test_overflow_at_the_perturbed_weights_alone_skips_the_step():
     def loss_fn(params, batch):
         steep = jnp.where(params["w"] > 1.01, 2e4 * params["w"], params["w"])

@@ -44,6 +44,7 @@ SGD = ledger.Contestant("SGD", "sgd", ({"learning_rate": 0.5},), epochs=1)
 SAM = ledger.Contestant("SAM", "sam", ({"rho": 0.1}, {"rho": 0.2}), epochs=1)
 
 
+@pytest.mark.full
 def test_a_ledger_grows_and_repeats_nothing(tmp_path, data_dir, monkeypatch, capsys):
     few(monkeypatch, SGD)
     arguments = options(data_dir, tmp_path / "runs")
@@ -237,6 +238,7 @@ def test_whitened_patches_are_uncorrelated_and_of_variance_one():
     np.testing.assert_array_equal(patches[:, 12:], -patches[:, :12])
 
 
+@pytest.mark.full
 def test_whitening_is_no_parameter_and_stays_as_it_is(data_dir):
     images = load_cifar10(data_dir, num_valid=4, images_per_file=PER_FILE).train.images
     images = normalize(images, np.full(3, 125.0), np.full(3, 63.0))
