@@ -5,9 +5,13 @@ depend on no sharding. `jax.random` for every leaf would take longer to compile 
 the two passes of a step on a small network.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from optax_sam._base import trees
 
 
 def words(key: jax.Array, num: int) -> jax.Array:
@@ -20,11 +24,12 @@ def bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     No two of 2**32 entries have the same: for given words this is a permutation.
     """
-    position, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        position += along * np.uint32(stride % 2**32)
-        stride *= shape[axis]
+    # In a loop over draws, XLA would keep the positions, which do not change.
+    words, zero = trees.opaque((words, jnp.uint32(0)))
+    position = jnp.full(shape, zero)
+    for axis in range(len(shape)):
+        along = zero + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        position += along * np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
     return _mixed(_mixed(position ^ words[0]) + words[1])
 
 

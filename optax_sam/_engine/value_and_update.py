@@ -119,10 +119,9 @@ def value_and_update(
         def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
             return lambda p, x: fn(p, *(x,)[: len(batch)], *others)[0]
 
-        batch_losses = of_batch(perturbed_fn)
         extra_args = protocol.given(
             batch[0] if batch else (),
-            loss_fn=batch_losses,
+            loss_fn=of_batch(perturbed_fn),
             losses=losses,
             pullback=pullback,
             ascent_loss_fn=ascent_loss_fn and of_batch(clean_fn),
@@ -130,12 +129,8 @@ def value_and_update(
             axis_name=axis_name,
         )
         value_fn = _value_function(extra_args, devices)
-        extra_args |= {
-            "value": value,
-            "grad": gradient,
-            "value_fn": value_fn,
-            "obj_fn": value_fn,
-        }
+        extra_args |= {"value": value, "grad": gradient}
+        extra_args |= {"value_fn": value_fn, "obj_fn": value_fn}
         updates, opt_state = tx.update(
             gradient, opt_state, params, **protocol.accepted(tx.update, extra_args)
         )

@@ -55,8 +55,7 @@ def largest(
         """What the entries ahead of each of several points count for."""
         # Else the arithmetic on candidates is copied into the code of every leaf, and
         # the positions, which seem not to change, are kept in memory.
-        barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
-        thresholds, ends, first = barrier((thresholds, ends, offsets))
+        thresholds, ends, first = trees.opaque((thresholds, ends, offsets))
         counts = [
             _count(_ahead(x, p, thresholds, ends), counter)
             for x, p in _with_positions(keys, first)
