@@ -208,7 +208,8 @@ def measure_base(
     num_devices = problem.mesh.size
 
     def mean_loss(params: Any, batch: jax.Array) -> jax.Array:
-        return problem.loss_fn(params, batch).mean()
+        loss: jax.Array = problem.loss_fn(params, batch).mean()
+        return loss
 
     txs = {base_name: base} | {
         f"{base_name}, {name}": METHODS[name].make(base) for name in methods

@@ -7,6 +7,7 @@ often that is, else once.
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # What else travels (all-to-all, collective-permute) is counted under its own name.
@@ -38,17 +39,33 @@ class Traffic(NamedTuple):
 
 def traffic(compiled: Any) -> Traffic:
     """The traffic of a compiled function."""
-    computations, entry = _computations(compiled.as_text())
     always, sometimes = Counter[str](), Counter[str]()
     number = 0
+    for line, times, conditional in instructions(compiled.as_text()):
+        if found := _COLLECTIVE.search(line):
+            count = sometimes if conditional else always
+            count[found["kind"]] += times * _num_bytes(found["shapes"])
+            number += times
+    return Traffic(always, sometimes, number)
+
+
+def instructions(
+    text: str, *, within_fusions: bool = True
+) -> Iterator[tuple[str, int, bool]]:
+    """What a program executes: the line, how often, and whether under a condition.
+
+    Args:
+      text: of the compiled program.
+      within_fusions: whether to go into fusions, each of which is one kernel.
+    """
+    computations, entry = _computations(text)
     waiting = [(entry, 1, False)]
     while waiting:
         name, times, conditional = waiting.pop()
         for line in computations[name]:
-            if found := _COLLECTIVE.search(line):
-                count = sometimes if conditional else always
-                count[found["kind"]] += times * _num_bytes(found["shapes"])
-                number += times
+            yield line, times, conditional
+            if not within_fusions and " fusion(" in line:
+                continue
             trips = _TRIPS.search(line)
             for attribute, callees in _CALLED.findall(line):
                 if attribute in _CALLS:
@@ -58,7 +75,6 @@ def traffic(compiled: Any) -> Traffic:
                         (callee, times * repeats, in_branch)
                         for callee in re.findall(r"%([\w.\-]+)", callees)
                     ]
-    return Traffic(always, sometimes, number)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
