@@ -20,6 +20,7 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sam_examples.benchmarking import measure
+from sam_examples.benchmarking.by_hand import contrib_sam, make_contrib_sam, plain
 from sam_examples.benchmarking.measure import (
     BASE,
     RHO,
@@ -32,10 +33,8 @@ from sam_examples.benchmarking.measure import (
 )
 from sam_examples.settings.command_line import one_line_errors
 
-# Opaque mode takes both gradients in one step; batch statistics are the clean pass's.
-CONTRIB_SAM = optax.contrib.sam(
-    BASE, optax.chain(optax.contrib.normalize(), optax.sgd(RHO)), opaque_mode=True
-)
+# Batch statistics are the clean pass's, as in the other rows.
+CONTRIB_SAM = make_contrib_sam(BASE, RHO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +48,7 @@ class Options(measure.Options):
     """
 
 
-def plain_sgd(grad_fn: Any) -> Update:
-    """The base optimizer, as in any training loop with Optax."""
-
-    def update(params: Any, opt_state: Any, *args: Any) -> Any:
-        value, grads = grad_fn(params, *args)
-        return value, *BASE.update(grads, opt_state, params)
-
-    return update
-
-
-def contrib(grad_fn: Any) -> Update:
-    """Optax's own SAM, which looks for the perturbed gradient itself."""
-
-    def update(params: Any, opt_state: Any, *args: Any) -> Any:
-        value, grads = grad_fn(params, *args)
-        return value, *CONTRIB_SAM.update(
-            grads, opt_state, params, grad_fn=lambda p, _: grad_fn(p, *args)[1]
-        )
-
-    return update
-
-
-def by_hand(
+def from_gradients(
     tx: optax.GradientTransformation, make_update: Callable[[Any], Update]
 ) -> Row:
     """An update made from `jax.value_and_grad` of the mean loss."""
@@ -97,9 +74,9 @@ def in_quarters(problem: Problem) -> tuple[optax.GradientTransformation, Update]
 # The rows of the table; the first three are what the others are measured against.
 HAND_WRITTEN, CONTRIB = "SAM by hand", "optax.contrib.sam"
 ROWS: Mapping[str, Row] = {
-    SGD: by_hand(BASE, plain_sgd),
-    HAND_WRITTEN: by_hand(BASE, partial(sam_by_hand, base=BASE, rho=RHO)),
-    CONTRIB: by_hand(CONTRIB_SAM, contrib),
+    SGD: from_gradients(BASE, partial(plain, base=BASE)),
+    HAND_WRITTEN: from_gradients(BASE, partial(sam_by_hand, base=BASE, rho=RHO)),
+    CONTRIB: from_gradients(CONTRIB_SAM, partial(contrib_sam, tx=CONTRIB_SAM)),
     "SGD value_and_update": engine(BASE),
     "optax_sam.sam": engine(optax_sam.sam(BASE, RHO)),
     "optax_sam.asam": engine(optax_sam.asam(BASE, 10 * RHO)),

@@ -1,13 +1,14 @@
 """What travels between devices in a compiled program, read from its text.
 
 A collective in a loop counts as often as the loop runs, where the compiler knows how
-often that is, else once.
+often that is, or the loop counts up to a constant, as those of `jax.lax.scan` do; else
+once.
 """
 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 # What else travels (all-to-all, collective-permute) is counted under its own name.
@@ -18,6 +19,12 @@ _COLLECTIVE = re.compile(
 )
 _SHAPE = re.compile(r"(?P<type>pred|[a-z]+(?P<bits>\d+))\[(?P<sizes>[\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# XLA for TPUs leaves them out.
+_CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+# It also spreads a collective over the fusions that it runs beside, each of which has
+# a copy that makes all of it.
+_SPREAD = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
 _CALLED = re.compile(r"(\w+)=(\{[^{}]*\}|%[\w.\-]+)")
 _BRANCHES = {"branch_computations", "true_computation", "false_computation"}
 _CALLS = {"body", "condition", "calls", "to_apply"} | _BRANCHES
@@ -41,8 +48,13 @@ def traffic(compiled: Any) -> Traffic:
     """The traffic of a compiled function."""
     always, sometimes = Counter[str](), Counter[str]()
     number = 0
+    seen = set()
     for line, times, conditional in instructions(compiled.as_text()):
         if found := _COLLECTIVE.search(line):
+            if spread := _SPREAD.search(line):
+                if spread.groups() in seen:
+                    continue
+                seen.add(spread.groups())
             count = sometimes if conditional else always
             count[found["kind"]] += times * _num_bytes(found["shapes"])
             number += times
@@ -66,15 +78,27 @@ def instructions(
             yield line, times, conditional
             if not within_fusions and " fusion(" in line:
                 continue
-            trips = _TRIPS.search(line)
+            trips = _trips(line, computations)
             for attribute, callees in _CALLED.findall(line):
                 if attribute in _CALLS:
-                    repeats = int(trips[1]) if trips and attribute == "body" else 1
+                    repeats = trips if attribute == "body" else 1
                     in_branch = conditional or attribute in _BRANCHES
                     waiting += [
                         (callee, times * repeats, in_branch)
                         for callee in re.findall(r"%([\w.\-]+)", callees)
                     ]
+
+
+def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often the loop runs that a line is, 1 if that is unknown."""
+    if told := _TRIPS.search(line):
+        return int(told[1])
+    if loop := _CONDITION.search(line):
+        condition = "\n".join(computations[loop[1]])
+        bounds = _BOUND.findall(condition)
+        if len(bounds) == 1 and "direction=LT" in condition:
+            return int(bounds[0])
+    return 1
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
