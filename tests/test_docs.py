@@ -3,6 +3,7 @@
 import os.path
 
 import documents
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,10 @@ import optax_sam
 TESTED = {
     "README.md": {"Flax linen", "Flax NNX", "Composing"},
     "docs/cheaper-perturbations.md": {"Perturbations that cost less"},
-    "docs/devices.md": {"Inside `shard_map` and `pmap`"},
+    "docs/devices.md": {
+        "Inside `shard_map` and `pmap`",
+        "With `pmap`, state and batch statistics",
+    },
     "docs/diagnostics.md": {"Diagnostics"},
     "docs/recipes.md": {
         "Hyperparameters that change",
@@ -143,6 +147,33 @@ def test_shard_map():
     assert len(jax.devices()) > 1
     alone = optax_sam.value_and_update(scope["loss_fn"], scope["tx"])(*inputs)
     problems.assert_trees_close(scope["step"](*inputs), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.full
+def test_pmap():
+    scope = after_the_quickstart(
+        "docs/devices.md", "With `pmap`, state and batch statistics"
+    )
+    assert scope["devices"] > 1
+    for x in jax.tree.leaves(scope["state"]):
+        np.testing.assert_array_equal(x, np.stack([x[0]] * scope["devices"]))
+    # The same steps on one device, whose normalisation needs no name.
+    layers = [
+        nn.BatchNorm(x.use_running_average) if x is scope["norm"] else x
+        for x in scope["model"].layers
+    ]
+    scope["model"] = nn.Sequential(layers)
+    tx, batch = scope["tx"], scope["batch"]
+    step = jax.jit(optax_sam.value_and_update(scope["loss_fn"], tx, has_aux=True))
+    params, stats = scope["variables"]["params"], scope["variables"]["batch_stats"]
+    opt_state = tx.init(params)
+    for _ in range(10):
+        (loss, stats), updates, opt_state = step(params, opt_state, batch, stats)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(scope["loss"], loss, rtol=1e-5)
+    problems.assert_trees_close(
+        (scope["params"], scope["batch_stats"]), (params, stats), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.full
