@@ -59,7 +59,7 @@ class Options:
     topology: str = "v5e:2x2"
     """A TPU's topology such as v5e:2x4, or slices x hosts x GPUs such as 1x1x8."""
     target: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Description of the GPU, in XLA's text format for GpuTargetConfigProto."""
+    """Description of the GPU, as those in XLA's repository, see the README."""
     devices: Int = None
     """How many of the topology's devices share the work; all by default."""
     problem: Annotated[

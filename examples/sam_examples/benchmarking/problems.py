@@ -184,9 +184,11 @@ def _matrix(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["kernel"])
 
 
-def _scaled(params: Any, x: jax.Array) -> jax.Array:
-    y = x @ params["kernel"] * params["scale"][None] + params["bias"][None]
-    return x + jnp.tanh(y)
+def _normalised(params: Any, x: jax.Array) -> jax.Array:
+    """A layer around a shortcut, normalised over the batch without running means."""
+    y = x @ params["kernel"]
+    y = (y - y.mean(0, keepdims=True)) / (y.std(0, keepdims=True) + 1e-5)
+    return x + jnp.tanh(y * params["scale"][None] + params["bias"][None])
 
 
 def _transformer(sizes: Sizes, mesh: Mesh, fully_sharded: bool) -> Network:
@@ -259,7 +261,11 @@ NETWORKS: Mapping[str, Recipe] = {
     "matrices": Recipe(Sizes(8, 6, 4096), partial(_layered, _matrix, {"kernel": 2})),
     "leaves": Recipe(
         Sizes(8, 100, 256),
-        partial(_layered, _scaled, {"kernel": 2, "scale": 1, "bias": 1}),
+        partial(_layered, _normalised, {"kernel": 2, "scale": 1, "bias": 1}),
+    ),
+    "resnet8": Recipe(
+        Sizes(128, image_size=32),
+        partial(_images, "resnet8", 10, ("BasicBlock_2", "Dense_0")),
     ),
     "resnet18": Recipe(
         Sizes(128, image_size=32),

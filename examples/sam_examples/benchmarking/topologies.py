@@ -40,6 +40,10 @@ _CUDA_PLUGIN = "jax_cuda12_plugin"
 _TPU_EXAMPLES = "v5e:2x4, v6e:4x4 or v5p:2x2x1"
 _CUDA_EXAMPLES = "1x1x8: slices, hosts of each, GPUs of each host"
 
+_CUDA_TARGETS = (
+    "https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs"
+)
+
 _FUSION = re.compile(r" fusion\(")
 _CONVOLUTION = re.compile(r' convolution\(|custom_call_target="__cudnn\$conv')
 
@@ -117,12 +121,12 @@ def _cuda_devices(topology: str, target: Path | None) -> Any:
         )
     if target is None:
         raise ValueError(
-            "--platform cuda needs --target FILE, the description of a GPU in XLA's "
-            "text format for GpuTargetConfigProto."
+            "--platform cuda needs --target FILE, the description of a GPU; XLA has "
+            f"some in {_CUDA_TARGETS}."
         )
     return _devices(
         "cuda",
-        topology,
+        f"{topology} with --target {target}",
         _CUDA_EXAMPLES,
         topology_name="gpu",
         topology=topology,
@@ -137,8 +141,8 @@ def _devices(platform: str, asked: str, examples: str, **options: Any) -> Any:
     except Exception as error:  # Of several types, from several layers.
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--topology {asked} is none that the compiler of {platform} knows "
-            f"({reason}); write for example {examples}."
+            f"the compiler of {platform} has no --topology {asked}: {reason}; write for "
+            f"example {examples}."
         ) from error
 
 
