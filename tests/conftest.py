@@ -18,6 +18,7 @@ if importlib.util.find_spec("flax") is None:
         "docs",
         "engine/test_batch_norm.py",
         "engine/test_cost.py",
+        "engine/test_tpu.py",
         "examples",
         "implicit",
     ]

@@ -141,8 +141,8 @@ def _devices(platform: str, asked: str, examples: str, **options: Any) -> Any:
     except Exception as error:  # Of several types, from several layers.
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"the compiler of {platform} has no --topology {asked}: {reason}; write for "
-            f"example {examples}."
+            f"the compiler of {platform} has no --topology {asked}: {reason}; write "
+            f"for example {examples}."
         ) from error
 
 

@@ -1,0 +1,94 @@
+"""What XLA for TPUs makes of steps on eight chips, compiled from shapes and never run.
+
+Two networks: one whose matrix products make up nearly all FLOPs, with normalisation
+over the batch, and one of which the parameters make up most of the memory traffic.
+"""
+
+import functools
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from example_support import run_script
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs libtpu, of the extra tpu, which is for x86-64 Linux only",
+    ),
+]
+MANY_FLOPS = (
+    ("--problem=leaves", "--layers=2", "--width=256", "--batch-size=512"),
+    ("base", "sam", "vasso", "dynamic_between", "rw_sam", "m_sam"),
+)
+MANY_PARAMETERS = (
+    ("--problem=matrices", "--layers=4", "--width=1024", "--batch-size=8"),
+    (
+        *("base", "sam_by_hand", "sam", "vasso_by_hand", "vasso"),
+        *("mask_by_hand", "dynamic_between", "rw_sam", "m_sam_by_hand", "m_sam"),
+    ),
+)
+
+
+@functools.cache
+def rows(sizes, methods):
+    """The figures of each method, from a process of its own, which libtpu needs."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "figures.json"
+        options = ["--topology=v5e:2x4", *sizes, "--json", str(path)]
+        run_script("benchmarks/compilers.py", *options, "--methods", *methods)
+        return json.loads(path.read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [
+        ("sam", 2.01),
+        ("vasso", 2.01),
+        ("dynamic_between", 2.01),
+        ("rw_sam", 2.42),
+        # The whole batch's forward pass, but for what comes before any normalisation.
+        ("m_sam", 2.22),
+    ],
+)
+def test_flops(method, bound):
+    assert 1.99 < rows(*MANY_FLOPS)[method]["FLOPs / base"] < bound
+
+
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [("sam", 1.08), ("vasso", 1.11), ("dynamic_between", 1.08), ("m_sam", 1.09)],
+)
+def test_memory_traffic_over_that_of_the_method_by_hand(method, bound):
+    assert rows(*MANY_PARAMETERS)[method]["bytes / hand"] < bound
+
+
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [("sam", 0.02), ("vasso", 0.25), ("dynamic_between", 0.02), ("m_sam", 0.02)],
+)
+def test_temporaries_beyond_those_by_hand_in_units_of_the_parameters(method, bound):
+    assert rows(*MANY_PARAMETERS)[method]["temp - hand"] < bound
+
+
+@pytest.mark.parametrize(
+    ("method", "gradients", "number"),
+    [
+        ("base", 1, 1),
+        ("sam", 2, 2),
+        ("vasso", 2, 2),
+        ("dynamic_between", 2, 2),
+        ("rw_sam", 2, 7),  # Weights of examples besides.
+        ("m_sam", 1, 2),  # And the mean loss.
+    ],
+)
+def test_collectives(method, gradients, number):
+    row = rows(*MANY_PARAMETERS)[method]
+    # All reductions; what else there is counts bytes.
+    sent = row["sent_bytes"] / row["param_bytes"]
+    assert sent == pytest.approx(gradients, abs=0.01)
+    assert row["all-reduce_bytes"] > 0.999 * row["sent_bytes"]
+    assert row["collectives"] <= number
