@@ -162,6 +162,9 @@ def test_a_krylov_space_lies_like_the_parameters(kind):
         assert q.sharding.is_equivalent_to(expected, q.ndim), name
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="the compiler of jax 0.9 plans 2.3 bases"
+)
 def test_the_memory_of_a_krylov_space_is_shared():
     width, iterations = 1024, 32
     params = fully_sharded({"w": jnp.ones((width, width))})
