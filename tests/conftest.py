@@ -15,6 +15,7 @@ if importlib.util.find_spec("flax") is None:
     # What is about Flax, or uses the examples, which need it.
     collect_ignore = [
         "data_files.py",
+        "example_support.py",
         "docs",
         "engine/test_batch_norm.py",
         "engine/test_cost.py",
