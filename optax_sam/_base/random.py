@@ -1,8 +1,7 @@
 """Random numbers of a whole tree, by a hash of where each entry is.
 
 They fuse with what reads them, are made where a sharded leaf has its entries, and
-depend on no sharding. `jax.random` for every leaf would take longer to compile than
-the two passes of a step on a small network.
+depend on no sharding. `jax.random` for every leaf would take long to compile.
 """
 
 import math

@@ -45,6 +45,16 @@ def test_draws_of_successive_keys_are_independent():
     assert np.abs(off - 1 / 16).max() < 5 * np.sqrt(1 / 16 / num)
 
 
+@pytest.mark.parametrize("other", [(6, 8), (4, 9), (5, 8), (5 + 2**31, 6)])
+def test_draws_of_other_words_are_not_moved_ones(other):
+    first, second = (
+        np.asarray(random.bits(jnp.array(words, jnp.uint32), (4096,)))
+        for words in ((5, 7), other)
+    )
+    for shift in (-1, 0, 1):
+        assert np.mean(np.roll(first, shift) == second) < 0.01
+
+
 def test_words_of_a_leaf_do_not_hang_on_how_many_follow():
     few, many = (random.words(jax.random.key(3), num) for num in (2, 9))
     np.testing.assert_array_equal(few, many[:2])
