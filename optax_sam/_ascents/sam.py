@@ -74,8 +74,8 @@ def m_sam(
 
     Under `jit` the result does not depend on how many devices hold the batch; it is SAM
     for :math:`m = B`.
-    A step costs two gradients, and through :func:`value_and_update` one forward pass
-    more, which is that of the whole batch, for the value and the auxiliary data.
+    A step costs two gradients. Value and auxiliary data of :func:`value_and_update` are
+    those of the micro-batches, and each draws for itself, see :func:`sharpness_aware`.
 
     Args:
       base: The optimizer that moves the parameters.

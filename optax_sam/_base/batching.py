@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -101,6 +102,39 @@ def cut(batch: Any, at_once: int, size: int) -> Any:
         return jnp.swapaxes(groups, 0, 1)
 
     return jax.tree.map(cut_one, batch)
+
+
+def numbers(groups: Any) -> jax.Array:
+    """Where in the batch the groups of :func:`cut` were, `[rounds, at_once]`."""
+    like = jax.tree.leaves(groups)[0]
+    rounds, at_once = like.shape[:2]
+    found = jnp.arange(rounds * at_once).reshape(at_once, rounds).T
+    spec = jax.typeof(like).sharding.spec[:2]
+    reshard: Any = jax.sharding.reshard
+    return reshard(found, _spec(*spec)) if any(spec) else found
+
+
+def together(whole: chex.ArrayTree, groups: chex.ArrayTree) -> chex.ArrayTree:
+    """What groups `[rounds, at_once, ...]` found, as it is of the whole batch.
+
+    Floats are means over groups, and what groups have for each example is put together.
+    What is neither, such as a count, is what was found from the whole batch: nobody
+    knows how to make one of many.
+    """
+
+    def of_leaf(x: Any, of_groups: Any) -> Any:
+        if of_groups is None:
+            return x
+        of_groups = jnp.swapaxes(of_groups, 0, 1)
+        at_once, rounds, *shape = of_groups.shape
+        if x.shape == (*shape,) and jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.mean(of_groups, axis=(0, 1))
+        if shape and x.shape == (at_once * rounds * shape[0], *shape[1:]):
+            placed = {"out_sharding": jax.typeof(x).sharding} if is_placed(x) else {}
+            return jnp.reshape(of_groups, x.shape, **placed)
+        return x
+
+    return jax.tree.map(of_leaf, whole, groups)
 
 
 def chunks(examples: Any, size: int) -> tuple[Any, Any]:

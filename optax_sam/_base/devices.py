@@ -39,14 +39,16 @@ class Devices:
         """Their number."""
         return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
 
+    def index(self) -> Any:
+        """The place of this one among them."""
+        return 0 if self.axis_name is None else jax.lax.axis_index(self.axis_name)
+
     def part(self, x: jax.Array) -> jax.Array:
         """This device's part of an array, along its first axis."""
         if self.axis_name is None:
             return x
         size = x.shape[0] // self.size()
-        return jax.lax.dynamic_slice_in_dim(
-            x, jax.lax.axis_index(self.axis_name) * size, size
-        )
+        return jax.lax.dynamic_slice_in_dim(x, self.index() * size, size)
 
     def mean(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         """The mean over devices; what is known to be the same on all is its own."""

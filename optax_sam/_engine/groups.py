@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import batching, losses, trees
-from optax_sam._base.checks import checked
 from optax_sam._base.devices import Devices
 from optax_sam._engine import protocol
+from optax_sam._engine.batch_loss import BatchLoss
 
 _OWNER = "sharpness_aware"
 
@@ -29,12 +29,14 @@ class Group(NamedTuple):
       gradient_at: From parameters to their gradient there.
       params: The parameters; a device's own where it ascends for itself.
       arguments: The extra arguments of their ascent.
+      found: Losses and auxiliary data, of a clean pass of their own only.
     """
 
     gradient: optax.Updates
     gradient_at: Callable[[optax.Params], optax.Updates]
     params: optax.Params
     arguments: dict[str, Any]
+    found: chex.ArrayTree = None
 
 
 class Passes(NamedTuple):
@@ -45,12 +47,14 @@ class Passes(NamedTuple):
       gradient: The gradient at the perturbed parameters.
       ascent_state: The ascent's new state, which counts only if finite.
       finite: Whether what the ascent read was finite, a bool scalar.
+      found: Losses and auxiliary data, if groups made clean passes of their own.
     """
 
     clean_gradient: optax.Updates
     gradient: optax.Updates
     ascent_state: optax.OptState
     finite: jax.Array
+    found: chex.ArrayTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,9 @@ class Examples:
 
     def of_device(self, gradient: optax.Updates) -> Group:
         """The examples of this device."""
+        draws = getattr(self.arguments.get("loss_fn"), "draws", False)
+        if draws and self.devices.size() > 1:
+            return self.of_part(self.arguments["batch"], self.devices.index())
         clean = {"grad": gradient}
         if self.averaged:
             given, pullback = map(self.arguments.get, ("losses", "pullback"))
@@ -124,17 +131,26 @@ class Examples:
         self.devices.own("grads", clean["grad"])
         return self._alone(self.arguments | clean, self.gradient_at)
 
-    def of_micro_batch(self, batch: Any) -> Group:
-        """The examples of a micro-batch of this device."""
-        loss_fn = self.arguments["loss_fn"]
-        clean_fn = self.arguments.get("ascent_loss_fn", loss_fn)
-        clean_fn = checked("loss_fn", clean_fn, "params", "batch")
-        own_params = self.devices.vary(self.params)
-        clean = losses.clean_pass(*losses.of_batch(clean_fn, own_params, batch))
-        return self._alone(
-            self.arguments | {"batch": batch} | clean._asdict(),
+    def of_part(self, batch: Any, number: Any) -> Group:
+        """The examples of a part of the batch, the number-th of many, if not None."""
+        names = ("loss_fn", "ascent_loss_fn")
+        named = {n: self.arguments[n] for n in names if n in self.arguments}
+        own = {n: BatchLoss.of(fn).of_group(number) for n, fn in named.items()}
+        loss_fn = own["loss_fn"]
+        clean_fn = own.get("ascent_loss_fn", loss_fn)
+        found, pullback, aux = losses.linearise(
+            lambda p: clean_fn.with_aux(p, batch),
+            self.devices.vary(self.params),
+            has_aux=True,
+        )
+        clean = losses.clean_pass(found, pullback)
+        # All parts score by the draws of the whole batch.
+        scoring = {"scoring_loss_fn": named["loss_fn"]}
+        group = self._alone(
+            scoring | self.arguments | own | {"batch": batch} | clean._asdict(),
             protocol.gradient_function(loss_fn, batch),
         )
+        return group._replace(found=(found, _arrays(aux)))
 
     def _alone(
         self,
@@ -156,17 +172,41 @@ class Examples:
         """The mean of passes over groups of a size, those of a device without one."""
         if size is None:
             passes = two_passes(self.of_device(gradient))
+            found = jax.tree.map(lambda x: x[None, None], passes.found)
+            passes = passes._replace(found=found)
         else:
             batch = self.arguments["batch"]
             parts = batching.split(_OWNER, batch, size, at_once, self.devices)
             passes = _mean(
-                lambda part: two_passes(self.of_micro_batch(part)),
-                parts,
+                lambda part: two_passes(self.of_part(*part)),
+                (parts, self._numbers(parts)),
                 self.devices.vary(self.params),
             )
         clean, gradient = self.devices.mean((passes.clean_gradient, passes.gradient))
         finite = self.devices.all(passes.finite)
-        return Passes(clean, gradient, passes.ascent_state, finite)
+        return Passes(clean, gradient, passes.ascent_state, finite, passes.found)
+
+    def _numbers(self, parts: Any) -> Any:
+        """Where in the batch of all devices each part is, None for the only one."""
+        numbers = batching.numbers(parts)
+        if numbers.size * self.devices.size() == 1:
+            return None
+        return numbers + self.devices.index() * numbers.size
+
+    def as_found(self, passes: Passes) -> "Examples":
+        """The same, with what groups found in clean passes of their own; reports it.
+
+        Nothing of the clean pass of all together is then read, nor computed.
+        """
+        report = self.arguments.get("report")
+        if report is None or passes.found is None:
+            return self
+        whole = report.losses, report.aux
+        found, aux = batching.together(whole, passes.found)
+        value = self.devices.mean(losses.mean_loss(found))
+        report(value, aux)
+        clean = {"losses": found, "value": value, "grad": passes.clean_gradient}
+        return dataclasses.replace(self, arguments=self.arguments | clean)
 
 
 def _mean(
@@ -174,27 +214,35 @@ def _mean(
 ) -> Passes:
     """The mean of passes over micro-batches `[rounds, at_once, size, ...]`.
 
-    The sums are in float32 or wider, the means in the dtypes of `like`. The state is
-    nobody's, and not computed.
+    The sums are in float32 or wider, the means in the dtypes of `like`. What micro-
+    batches found stays apart, `[rounds, at_once, ...]`. The state is nobody's, and not
+    computed.
     """
 
-    def over_round(round_: Any) -> tuple[chex.ArrayTree, jax.Array]:
-        clean, gradient, _, finite = batching.side_by_side(two_passes, round_)
-        return jax.tree.map(_sum, (clean, gradient)), jnp.all(finite)
+    def over_round(round_: Any) -> tuple[chex.ArrayTree, Any]:
+        passes = batching.side_by_side(two_passes, round_)
+        gradients = passes.clean_gradient, passes.gradient
+        return jax.tree.map(_sum, gradients), (jnp.all(passes.finite), passes.found)
 
-    def step(total: chex.ArrayTree, round_: Any) -> tuple[Any, jax.Array]:
-        new, finite = over_round(round_)
-        return jax.tree.map(jnp.add, total, new), finite
+    def step(total: chex.ArrayTree, round_: Any) -> tuple[Any, Any]:
+        new, others = over_round(round_)
+        return jax.tree.map(jnp.add, total, new), others
 
     rounds, at_once = jax.tree.leaves(micro_batches)[0].shape[:2]
     if rounds == 1:
-        total, finite = over_round(jax.tree.map(lambda x: x[0], micro_batches))
+        total, others = over_round(jax.tree.map(lambda x: x[0], micro_batches))
+        finite, found = jax.tree.map(lambda x: x[None], others)
     else:
         zeros = jax.tree.map(lambda p: _sum(jnp.zeros_like(p)[None]), like)
-        total, finite = jax.lax.scan(step, (zeros, zeros), micro_batches)
+        total, (finite, found) = jax.lax.scan(step, (zeros, zeros), micro_batches)
     means = jax.tree.map(lambda x: x / (rounds * at_once), total)
     clean, gradient = (trees.cast_like(tree, like) for tree in means)
-    return Passes(clean, gradient, None, jnp.all(finite))
+    return Passes(clean, gradient, None, jnp.all(finite), found)
+
+
+def _arrays(aux: chex.ArrayTree) -> chex.ArrayTree:
+    """Auxiliary data without what is no array, which all groups have alike."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, aux)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -15,7 +15,36 @@ from optax_sam._base import losses
 from optax_sam._base.checks import check_like, checked
 from optax_sam._base.devices import AxisName
 
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # Before jax 0.10.
+    from jax.core import get_opaque_trace_state
+
+_trace_now: Callable[[], Any] = get_opaque_trace_state
 MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
+
+
+class Report:
+    """What `value_and_update` reports: at first, what it finds in its own clean pass.
+
+    Where groups of examples make clean passes of their own, these are to be reported,
+    and nobody reads that of the whole batch, which is then not computed.
+
+    Attributes:
+      losses: The losses of the whole batch.
+      value: The clean mean loss.
+      aux: The auxiliary data.
+    """
+
+    def __init__(self, losses: jax.Array, value: jax.Array, aux: Any) -> None:
+        """Reports so, unless it is called."""
+        self.losses, self.value, self.aux = losses, value, aux
+        self._trace = _trace_now()
+
+    def __call__(self, value: jax.Array, aux: Any) -> None:
+        """Takes another report; one from a branch or a loop cannot leave it."""
+        if _trace_now() == self._trace:
+            self.value, self.aux = value, aux
 
 
 class Arguments(TypedDict, total=False):
@@ -43,6 +72,7 @@ class Arguments(TypedDict, total=False):
         gradient, `value` and `grad` are means over all.
       scoring_axis_name: That of the examples to score by, where it is another: a device
         that ascends for itself has no `axis_name`, but shares its scores.
+      report: Takes value and auxiliary data of groups that made their own clean passes.
     """
 
     loss_fn: Callable[[optax.Params, Any], jax.Array]
@@ -55,6 +85,7 @@ class Arguments(TypedDict, total=False):
     scoring_batch: Any
     axis_name: AxisName
     scoring_axis_name: AxisName
+    report: Report
 
 
 ARGUMENTS = frozenset(Arguments.__annotations__)

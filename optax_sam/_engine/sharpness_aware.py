@@ -69,6 +69,21 @@ def sharpness_aware(
     there are rounds, and RW-SAM probes the whole batch once more. A micro-batch has
     only its own examples for batch normalisation.
 
+    Through :func:`value_and_update` no pass over the whole batch is needed for `value`,
+    `losses`, `grad` and auxiliary data, which are then those of the micro-batches' own
+    clean passes: floating-point auxiliary data are their means, and arrays of which
+    each has a part for its examples are put together. Others that are not floating
+    point, such as a count of correct predictions, remain those of a pass over the whole
+    batch, of which a compiler keeps what they depend on: nothing, for the count of a
+    random stream. That holds for `value` and all auxiliary data where the update is
+    called from a branch of a condition, as in `optax.MultiSteps(sharpness_aware(...))`.
+
+    Typed PRNG keys (`jax.random.key`) among the arguments of its step that come after
+    the batch get the number of the micro-batch folded in, by `jax.random.fold_in`: each
+    draws for itself, the same in both of its passes, whatever the number of devices. A
+    micro-batch of the whole batch draws as without. Raw keys (`jax.random.PRNGKey`)
+    cannot be told from other integers: with them all micro-batches draw the same.
+
     Args:
       base: The optimizer that moves the parameters, any Optax transformation.
       ascent: The transformation of the clean gradient into :math:`\varepsilon`, such as
@@ -92,8 +107,8 @@ def sharpness_aware(
         where arrays may be sharded without an axis, leave it out.
       sync_ascent: Whether all devices ascend together. If not, each ascends for itself,
         along the gradient of its own examples: m-SAM with what a device has of the
-        batch as micro-batch. That saves one of two reductions of gradients, unless the
-        ascent keeps gradients in its state. Needs an axis.
+        batch as micro-batch, draws included. That saves one of two reductions of
+        gradients, unless the ascent keeps gradients in its state. Needs an axis.
 
     Returns:
       A transformation whose update is called as
@@ -187,7 +202,7 @@ def sharpness_aware(
                 group.gradient, group.params, group.arguments
             )
             gradient = group.gradient_at(trees.displace(group.params, epsilon))
-            return Passes(group.gradient, gradient, ascent_state, finite)
+            return Passes(group.gradient, gradient, ascent_state, finite, group.found)
 
         if sync_ascent and examples.are_one_group(size):
             passes = two_passes(examples.all(updates))
@@ -199,6 +214,7 @@ def sharpness_aware(
                 passes.clean_gradient, params, examples.shared_arguments
             )
             passes = passes._replace(ascent_state=advanced.state)
+            examples = examples.as_found(passes)
         ascent_state = advance_if(
             passes.finite, passes.ascent_state, state.ascent_state
         )

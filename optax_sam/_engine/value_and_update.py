@@ -4,6 +4,7 @@ It makes the call that `tx.update` wants: one clean pass, linearised once, and e
 argument of the step protocol.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -13,10 +14,11 @@ import optax
 
 from optax_sam._base.checks import check_parameters
 from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
-from optax_sam._base.losses import check_losses, clean_pass, linearise, mean_loss
+from optax_sam._base.losses import clean_pass, linearise, mean_loss
 from optax_sam._engine import protocol
+from optax_sam._engine.batch_loss import BatchLoss
 
-LossesAndAux: TypeAlias = Callable[..., tuple[jax.Array, Any]]
+LossesAndAux: TypeAlias = Callable[..., tuple[Any, Any]]
 
 
 def value_and_update(
@@ -43,10 +45,12 @@ def value_and_update(
       loss_fn: `loss_fn(params, *args)` returns the losses of the examples, shape `[B]`,
         or their mean as a scalar; with `has_aux`, a pair of that and any pytree. The
         first of `args` is the batch; the others (a PRNG key, batch statistics) are the
-        same in both passes, so dropout draws are too.
+        same in both passes, so dropout draws are too. Micro-batches draw each for
+        itself, by keys of `jax.random.key`, see :func:`sharpness_aware`.
       tx: The optimizer.
       has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
-        only, so batch statistics never see perturbed parameters.
+        only, so batch statistics never see perturbed parameters; with
+        `micro_batch_size` from those of the micro-batches, as their means.
       ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
         may read a cheaper gradient: that of layers from :mod:`optax_sam.implicit`, or
         of a part of the batch. The perturbed pass remains that of `loss_fn`. It is
@@ -107,26 +111,25 @@ def value_and_update(
         check_parameters(params)
         devices.check("value_and_update")
         own_params = devices.vary(params)
+        batch = args[0] if args else ()
+        of_batch = functools.partial(BatchLoss, args=args)
         losses, pullback, aux = linearise(
-            lambda p: clean_fn(p, *args), own_params, has_aux=True
+            lambda p: of_batch(clean_fn).with_aux(p, batch), own_params, has_aux=True
         )
         _check_axes(losses, own_params)
         clean = clean_pass(losses, pullback)
         value, gradient = devices.mean((clean.value, clean.grad))
-
-        batch, others = args[:1], args[1:]
-
-        def of_batch(fn: LossesAndAux) -> Callable[[optax.Params, Any], jax.Array]:
-            return lambda p, x: fn(p, *(x,)[: len(batch)], *others)[0]
+        report = protocol.Report(losses, value, aux)
 
         extra_args = protocol.given(
-            batch[0] if batch else (),
+            batch,
             loss_fn=of_batch(perturbed_fn),
             losses=losses,
             pullback=pullback,
             ascent_loss_fn=ascent_loss_fn and of_batch(clean_fn),
             scoring_loss_fn=scoring_loss_fn and of_batch(scoring_fn),
             axis_name=axis_name,
+            report=report,
         )
         value_fn = _value_function(extra_args, devices)
         extra_args |= {"value": value, "grad": gradient}
@@ -134,30 +137,31 @@ def value_and_update(
         updates, opt_state = tx.update(
             gradient, opt_state, params, **protocol.accepted(tx.update, extra_args)
         )
-        return ((value, aux) if has_aux else value), updates, opt_state
+        found = (report.value, report.aux) if has_aux else report.value
+        return found, updates, opt_state
 
     return step
 
 
 def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
-    """Makes a function that returns losses and auxiliary data, None without any."""
+    """Makes a function that returns a pair of losses and auxiliary data, or None."""
     if not callable(fn):
         raise TypeError(
             f"value_and_update: {name} must be a function, called as "
             f"{name}(params, *args); got {fn!r}."
         )
 
-    def losses_and_aux(params: optax.Params, *args: Any) -> tuple[jax.Array, Any]:
+    def losses_and_aux(params: optax.Params, *args: Any) -> tuple[Any, Any]:
         out = fn(params, *args)
         if not has_aux:
-            return check_losses(out), None
+            return out, None
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
                 f"value_and_update: with has_aux=True {name} must return a pair "
                 f"(losses, aux), got {type(out).__name__}; return the pair or drop "
                 "has_aux."
             )
-        return check_losses(out[0]), out[1]
+        return out
 
     return losses_and_aux
 

@@ -194,9 +194,10 @@ def test_four_probes_take_the_memory_of_one():
 
 
 @pytest.mark.full
-def test_m_sam_costs_two_gradients_and_the_forward_pass_of_the_whole_batch():
-    # All at once: the compiler counts the body of a loop once.
-    assert 2.3 < flops_over_sgd("4 examples, all at once") < 2.36
+def test_m_sam_costs_two_gradients_and_nothing_else():
+    # All at once: the compiler counts the body of a loop once. Beyond two gradients,
+    # there are four norms and four perturbations.
+    assert 1.99 < flops_over_sgd("4 examples, all at once") < 2.015
 
 
 @pytest.mark.full
@@ -207,5 +208,5 @@ def test_micro_batches_that_wait_take_no_memory():
     )
     # The mean of the gradients so far; that of the clean ones is not kept for SAM.
     added = (waiting["temp_bytes"] - sam["temp_bytes"]) / sam["param_bytes"]
-    assert 0.9 < added < 1.1
+    assert 0.85 < added < 1.1
     assert at_once["temp_bytes"] > waiting["temp_bytes"]

@@ -69,6 +69,71 @@ def test_micro_batches_do_not_span_devices():
         train(over_devices(make_step(tx, axis_name="data")), tx)
 
 
+def noisy_loss(params, batch, key):
+    """With dropout; the auxiliary data are of a part, of examples and of nothing."""
+    x, labels = batch
+    x *= jax.random.bernoulli(key, 0.7, x.shape)
+    losses = PROBLEM.loss_fn(params, (x, labels))
+    return losses, (jnp.max(losses), losses, key)
+
+
+def noisy_step(tx, **options):
+    step = optax_sam.value_and_update(noisy_loss, tx, has_aux=True, **options)
+    key = jax.random.key(1)
+
+    def with_key(params, batch):
+        (value, aux), updates, _ = step(params, tx.init(params), batch, key)
+        return value, updates, aux
+
+    return with_key
+
+
+@cover(
+    size_sync=[(2, True), (BATCH // DEVICES, True), (2, False), (None, False)],
+    check_vma=[True, False],
+    default=("(2, True)-True", "(None, False)-False"),
+)
+def test_draws_are_those_of_micro_batches_on_one_device(size_sync, check_vma):
+    size, sync = size_sync
+    options = {"micro_batch_size": size, "sync_ascent": sync}
+    tx = optax_sam.sharpness_aware(base(), RADIUS, **options)
+    step = noisy_step(tx, axis_name="data")
+
+    def local(params, batch):
+        value, updates, (largest, losses, key) = step(params, batch)
+        return value, updates, (largest[None], losses), key
+
+    over = jax.shard_map(
+        local,
+        mesh=mesh(),
+        in_specs=(REPLICATED, SPLIT),
+        out_specs=(REPLICATED, REPLICATED, SPLIT, REPLICATED),
+        check_vma=check_vma,
+    )
+    *actual, (largest, losses), key = jax.jit(over)(PROBLEM.params, PROBLEM.batch)
+
+    one = optax_sam.m_sam(base(), 0.1, size or BATCH // DEVICES)
+    *expected, (mean, of_examples, _) = jax.jit(noisy_step(one))(*PROBLEM[::2])
+    tolerances = {"rtol": 2e-5, "atol": 2e-6}
+    problems.assert_trees_close(actual, expected, **tolerances)
+    problems.assert_trees_close(losses, of_examples, **tolerances)
+    np.testing.assert_allclose(largest.mean(), mean, rtol=1e-5)
+    problems.assert_trees_equal(jax.random.key_data(key), np.array([0, 1], "u4"))
+
+
+@pytest.mark.parametrize("size", [None, BATCH])
+def test_a_device_alone_draws_as_one_that_has_none_beside_it(size):
+    tx = optax_sam.sharpness_aware(
+        base(), RADIUS, sync_ascent=False, micro_batch_size=size
+    )
+    sam = optax_sam.sam(base(), 0.1)
+    alone = jax.vmap(noisy_step(tx, axis_name="data"), (None, 0), axis_name="data")
+    batch = jax.tree.map(lambda x: x[None], PROBLEM.batch)
+    actual = jax.tree.map(lambda x: x[0], jax.jit(alone)(PROBLEM.params, batch))
+    expected = jax.jit(noisy_step(sam))(PROBLEM.params, PROBLEM.batch)
+    problems.assert_trees_close(actual[:2], expected[:2], rtol=1e-5, atol=1e-6)
+
+
 @cover(
     tx={
         "sgd": optax.sgd(0.1, momentum=0.9),

@@ -235,6 +235,35 @@ def test_a_mesh_of_explicit_axes(method):
     problems.assert_trees_close(updates, expected, rtol=1e-5, atol=1e-7)
 
 
+@cover(
+    sizes=[(2, 1), (2, DEVICES), (8, None), (32, 1), (32, None)],
+    kind=[AxisType.Auto, AxisType.Explicit],
+    default=("(2, 8)-AxisType.Explicit",),
+)
+def test_draws_and_auxiliary_data_do_not_depend_on_the_devices(sizes, kind):
+    size, at_once = sizes
+    tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, size, micro_batches_at_once=at_once)
+
+    def loss_fn(params, batch, key):
+        losses = PROBLEM.loss_fn(params, batch)
+        losses *= jax.random.uniform(key) + 0.5
+        return losses, (losses, jnp.max(losses))
+
+    step = jax.jit(optax_sam.value_and_update(loss_fn, tx, has_aux=True))
+    args = PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.batch, jax.random.key(0)
+    expected = step(*args)
+    across = mesh(kind)
+    with jax.set_mesh(across):
+        params, state, key = jax.device_put(
+            (*args[:2], args[3]), NamedSharding(across, PartitionSpec())
+        )
+        batch = jax.device_put(
+            PROBLEM.batch, NamedSharding(across, PartitionSpec("data"))
+        )
+        actual = step(params, state, batch, key)
+    problems.assert_trees_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_micro_batches_of_each_device_by_itself():
     """In `shard_map`, with parameters that may differ between the devices."""
     tx = optax_sam.m_sam(optax.sgd(1.0), 0.1, 2)

@@ -177,22 +177,175 @@ def test_a_micro_batch_without_a_gradient_is_not_perturbed():
     problems.assert_trees_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_value_and_aux_are_those_of_the_whole_batch():
-    problem = problems.perceptron()
-    sizes = []
+def with_aux(params, batch):
+    losses = loss_fn(params, batch)
+    large = losses > 1.5
+    kinds = {"largest": jnp.max(losses), "losses": losses, "large": large}
+    half = losses.astype(jnp.bfloat16).min()
+    return losses, kinds | {"count": jnp.sum(large), "half": half, "none": None, "": 1}
 
-    def with_aux(params, batch):
-        losses = problem.loss_fn(params, batch)
-        sizes.append(losses.size)
-        return losses, jnp.max(losses)
 
-    tx = optax_sam.m_sam(optax.sgd(0.1), 0.1, SIZE)
-    step = jax.jit(optax_sam.value_and_update(with_aux, tx, has_aux=True))
-    (value, aux), _, _ = step(problem.params, tx.init(problem.params), problem.batch)
-    losses = jax.jit(problem.loss_fn)(problem.params, problem.batch)
-    np.testing.assert_allclose([value, aux], [losses.mean(), losses.max()], rtol=1e-6)
-    assert sizes.count(BATCH) == 1
-    assert set(sizes) == {BATCH, SIZE}
+def value_and_aux(tx, transform=jax.jit):
+    params, _, batch = perceptron(jnp.float32)
+    step = transform(optax_sam.value_and_update(with_aux, tx, has_aux=True))
+    return step(params, tx.init(params), batch)[0]
+
+
+def expected_value_and_aux():
+    """Means of floats, but what is of single examples, or no float, of the batch."""
+    params, _, batch = perceptron(jnp.float32)
+    losses, aux = jax.jit(with_aux)(params, batch)
+    parts = losses.reshape(-1, SIZE)
+    half = parts.astype(jnp.bfloat16).min(axis=1).astype(jnp.float32)
+    means = {"largest": parts.max(axis=1).mean(), "half": half.mean()}
+    means["half"] = means["half"].astype(jnp.bfloat16)
+    return (losses.mean(), aux | means), (losses.mean(), aux)
+
+
+@pytest.mark.parametrize("at_once", defaults([1, 2, None], [2]))
+@pytest.mark.parametrize("transform", [jax.jit, lambda step: step])
+def test_value_and_aux_are_those_of_the_micro_batches(at_once, transform):
+    tx = optax_sam.m_sam(optax.sgd(0.1), 0.1, SIZE, micro_batches_at_once=at_once)
+    means, whole = expected_value_and_aux()
+    problems.assert_trees_close(value_and_aux(tx, transform), means, rtol=1e-5)
+    whole_batch = optax_sam.m_sam(optax.sgd(0.1), 0.1, BATCH)
+    problems.assert_trees_close(value_and_aux(whole_batch), whole, rtol=1e-5)
+
+
+def m_sam(rho=0.1, base=None):
+    return optax_sam.m_sam(optax.sgd(0.1) if base is None else base, rho, SIZE)
+
+
+@cover(
+    tx={
+        "chain": optax.chain(optax.clip(9.0), optax.chain(m_sam())),
+        "inject_hyperparams": optax.inject_hyperparams(m_sam)(rho=0.1),
+        "MultiSteps inside": m_sam(base=optax.MultiSteps(optax.sgd(0.1), 2)),
+    },
+    default=("chain", "inject_hyperparams"),
+)
+def test_wrappers_hand_value_and_aux_on(tx):
+    means, _ = expected_value_and_aux()
+    problems.assert_trees_close(value_and_aux(tx), means, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda tx: optax.MultiSteps(tx, 1), lambda tx: optax.apply_if_finite(tx, 3)],
+)
+def test_from_a_branch_value_and_aux_are_those_of_the_whole_batch(wrap):
+    _, whole = expected_value_and_aux()
+    problems.assert_trees_close(value_and_aux(wrap(m_sam())), whole, rtol=1e-5)
+
+
+def noisy_loss(params, batch, drawing):
+    """With dropout, and what draws beside what does not."""
+    x, labels = batch
+    for key in drawing["keys"]:
+        x *= jax.random.bernoulli(key, drawing["rate"], x.shape)
+    return loss_fn(params, (x, labels))
+
+
+def drawing(keys):
+    return {"keys": keys, "rate": np.float64(0.7)}
+
+
+def folded(keys, number):
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+TYPED = jax.random.split(jax.random.key(3), 2)
+
+
+@pytest.mark.usefixtures("x64")
+@cover(
+    name=["sam", "rw_sam", "fisher"],
+    at_once=[1, 2, None],
+    default=("rw_sam-2", "fisher-None"),
+)
+def test_micro_batches_draw_for_themselves_and_the_same_in_both_passes(name, at_once):
+    params, _, batch = perceptron()
+
+    def made(size=None, at_once=1):
+        tx, _ = make_step(name, size, at_once)
+        step = jax.jit(optax_sam.value_and_update(noisy_loss, tx))
+        return lambda state, *args: step(params, state, *args), tx.init(params)
+
+    (whole, state), (micro, _) = made(), made(SIZE, at_once)
+    _, _, after = whole(state, batch, drawing(TYPED))
+    value, updates, _ = micro(state, batch, drawing(TYPED))
+    # A mask that is made in this step is that of the whole batch, by its own draws.
+    state = after if name == "fisher" else state
+    alone = [
+        whole(
+            state,
+            jax.tree.map(lambda x, j=j: x[j * SIZE : (j + 1) * SIZE], batch),
+            drawing(folded(TYPED, j)),
+        )[:2]
+        for j in range(BATCH // SIZE)
+    ]
+    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *alone)
+    problems.assert_trees_close((value, updates), mean, rtol=1e-9, atol=1e-12)
+
+
+def test_the_only_micro_batch_draws_as_the_whole_batch():
+    params, _, batch = perceptron(jnp.float32)
+    sam = optax_sam.sam(optax.sgd(1.0), 0.1)
+    micro = optax_sam.m_sam(optax.sgd(1.0), 0.1, BATCH)
+    got, expected = (
+        jax.jit(optax_sam.value_and_update(noisy_loss, tx))(
+            params, tx.init(params), batch, drawing(TYPED)
+        )[:2]
+        for tx in (micro, sam)
+    )
+    problems.assert_trees_equal(got, expected)
+
+
+def test_raw_keys_are_left_alone():
+    seen = []
+
+    def loss_fn(params, batch, key):
+        jax.debug.callback(lambda key: seen.append(key.tolist()), key)
+        return params * batch
+
+    step = optax_sam.value_and_update(loss_fn, m_sam())
+    w, raw = jnp.float32(1), jnp.array([1, 2], jnp.uint32)
+    jax.block_until_ready(step(w, m_sam().init(w), jnp.arange(1.0, 9.0), raw))
+    jax.effects_barrier()
+    assert seen == len(seen) * [[1, 2]]
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_base_gets_what_the_micro_batches_found():
+    names = "value", "losses", "grad"
+
+    def update_fn(updates, state, params=None, *, value, losses, grad):
+        return updates, dict(zip(names, (value, losses, grad), strict=True))
+
+    params, _, batch = perceptron()
+    spy = optax.GradientTransformationExtraArgs(
+        lambda p: {"value": 0.0, "losses": jnp.zeros(BATCH), "grad": p}, update_fn
+    )
+    tx = m_sam(base=spy)
+    step = optax_sam.value_and_update(noisy_loss, tx)
+    state = tx.init(params)
+    value, _, state = jax.jit(step)(params, state, batch, drawing(TYPED))
+
+    def losses_of(params, j):
+        part = jax.tree.map(lambda x: x[j * SIZE : (j + 1) * SIZE], batch)
+        return noisy_loss(params, part, drawing(folded(TYPED, j)))
+
+    @jax.jit
+    def expected(params):
+        def clean(params):
+            losses = jnp.concatenate([losses_of(params, j) for j in range(4)])
+            return losses.mean(), losses
+
+        (value, losses), grad = jax.value_and_grad(clean, has_aux=True)(params)
+        return {"value": value, "losses": losses, "grad": grad}
+
+    problems.assert_trees_close(state.base_state, expected(params), rtol=1e-9)
+    assert value == state.base_state["value"]
 
 
 def of_first_half(params, batch):
