@@ -90,7 +90,7 @@ def m_sam(
     Returns:
       The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
       the arguments of its update, their shapes and what they raise. Update needs
-      `loss_fn` and `batch`.
+      `batch` and a `loss_fn` that returns the losses of the examples, no mean.
 
     Raises:
       TypeError: If `base` is no transformation, `rho` no real scalar or schedule, or

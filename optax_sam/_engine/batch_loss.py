@@ -19,10 +19,12 @@ class BatchLoss:
     Attributes:
       fn: `fn(params, *args)` returns losses and auxiliary data.
       args: The arguments of the step, the batch first.
+      size: The number of losses that there have to be, if it matters.
     """
 
     fn: Callable[..., tuple[Any, Any]]
     args: tuple[Any, ...]
+    size: int | None = None
 
     @classmethod
     def of(cls, loss_fn: Any) -> "BatchLoss":
@@ -40,6 +42,16 @@ class BatchLoss:
         """The losses of a batch, and auxiliary data."""
         args = (batch, *self.args[1:])[: len(self.args)]
         losses, aux = self.fn(params, *args)
+        shape = losses.shape if isinstance(losses, jax.Array) else None
+        if shape is not None and self.size is not None and shape != (self.size,):
+            raise ValueError(
+                f"sharpness_aware: micro_batch_size = {self.size}, and loss_fn "
+                f"returned losses of shape {list(shape)} for a micro-batch; they must "
+                f"be those of its examples, shape [{self.size}]. Only the first "
+                "argument after params is cut into micro-batches: pass all that "
+                "belongs to the examples in it, as one pytree such as (x, y), and "
+                "leave the mean over the batch out of loss_fn."
+            )
         return check_losses(losses), aux
 
     @property
@@ -47,7 +59,7 @@ class BatchLoss:
         """Whether there is a PRNG key to draw with after the batch."""
         return any(map(_is_key, jax.tree.leaves(self.args[1:])))
 
-    def of_group(self, number: Any) -> "BatchLoss":
+    def of_group(self, number: Any, size: int | None = None) -> "BatchLoss":
         """That of one of many groups, with draws of its own, or None for the only one.
 
         Raw key data are left alone: they cannot be told from other integers.
@@ -56,10 +68,10 @@ class BatchLoss:
         def own(x: Any) -> Any:
             return _fold_in(x, number) if _is_key(x) else x
 
-        if number is None:
-            return self
-        args = (*self.args[:1], *jax.tree.map(own, self.args[1:]))
-        return dataclasses.replace(self, args=args)
+        args = self.args
+        if number is not None:
+            args = (*args[:1], *jax.tree.map(own, args[1:]))
+        return dataclasses.replace(self, args=args, size=size)
 
 
 def _is_key(x: Any) -> bool:

@@ -131,12 +131,12 @@ class Examples:
         self.devices.own("grads", clean["grad"])
         return self._alone(self.arguments | clean, self.gradient_at)
 
-    def of_part(self, batch: Any, number: Any) -> Group:
+    def of_part(self, batch: Any, number: Any, size: int | None = None) -> Group:
         """The examples of a part of the batch, the number-th of many, if not None."""
         names = ("loss_fn", "ascent_loss_fn")
         named = {n: self.arguments[n] for n in names if n in self.arguments}
         own = {n: BatchLoss.of(fn).of_group(number) for n, fn in named.items()}
-        loss_fn = own["loss_fn"]
+        loss_fn = own["loss_fn"].of_group(None, size)
         clean_fn = own.get("ascent_loss_fn", loss_fn)
         found, pullback, aux = losses.linearise(
             lambda p: clean_fn.with_aux(p, batch),
@@ -178,7 +178,7 @@ class Examples:
             batch = self.arguments["batch"]
             parts = batching.split(_OWNER, batch, size, at_once, self.devices)
             passes = _mean(
-                lambda part: two_passes(self.of_part(*part)),
+                lambda part: two_passes(self.of_part(part[0], part[1], size)),
                 (parts, self._numbers(parts)),
                 self.devices.vary(self.params),
             )

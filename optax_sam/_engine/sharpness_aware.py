@@ -117,7 +117,8 @@ def sharpness_aware(
       * `grads`: the clean gradient of the mean loss, a tree like `params`.
       * `params`: pytree of floating-point arrays of any shapes. They are not modified.
       * `loss_fn` and `batch`: `loss_fn(params, batch)` returns the losses of the
-        examples, shape `[B]`, or their mean as a scalar.
+        examples, shape `[B]`, or their mean as a scalar. With `micro_batch_size` it
+        must be the losses, shape `[micro_batch_size]` of a micro-batch.
       * `grad_fn`: optional, `grad_fn(params)` replaces the gradient of the mean of
         `loss_fn` in the perturbed pass; then `loss_fn` is not needed. Not with
         `micro_batch_size`, which also leaves `grads` unread unless a micro-batch is

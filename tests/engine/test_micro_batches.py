@@ -348,6 +348,28 @@ def test_the_base_gets_what_the_micro_batches_found():
     assert value == state.base_state["value"]
 
 
+@pytest.mark.parametrize(
+    ("losses", "size", "shape"),
+    [
+        (lambda errors: errors, 1, r"\[8\]"),
+        (lambda errors: jnp.mean(errors), 1, r"\[\]"),
+        (lambda errors: errors[:, None] + errors[None], 4, r"\[4, 4\]"),
+    ],
+)
+def test_losses_that_are_not_those_of_the_micro_batch(losses, size, shape):
+    """As where `loss_fn(params, x, y)` is given `y` of the whole batch."""
+
+    def loss_fn(w, x, y):
+        errors = (w * x - (y if size == 1 else 0)) ** 2
+        return losses(errors) if errors.size == size or size == 1 else errors
+
+    tx, w = optax_sam.m_sam(optax.sgd(0.1), 0.1, size), jnp.float32(1)
+    step = optax_sam.value_and_update(loss_fn, tx)
+    message = rf"micro_batch_size = {size}, .*shape {shape} for .*\[{size}\].*\(x, y\)"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(step, w, tx.init(w), jnp.ones(8), jnp.ones(8))
+
+
 def of_first_half(params, batch):
     return loss_fn(params, jax.tree.map(lambda x: x[: len(x) // 2], batch))
 
@@ -419,7 +441,7 @@ def test_by_hand_the_clean_gradient_is_not_read():
             grads,
             tx.init(params),
             params,
-            loss_fn=lambda params, batch: jnp.mean(loss_fn(params, batch)),
+            loss_fn=loss_fn,
             batch=batch,
         )[0]
 
