@@ -125,13 +125,13 @@ def adapt_to_scale(
             )
         added = offset(state.count)
 
-        def scale(x: jax.Array, p: Any) -> jax.Array:
-            return x * (jnp.abs(p).astype(x.dtype) + added.astype(x.dtype))
+        def size(p: Any) -> jax.Array:
+            """A weight pushed away from zero: signed, since only squares matter."""
+            return jnp.where(p < 0, p - added, p + added)
 
-        # The unit of the gradient first, so that its product with T has range to spare.
-        epsilon = trees.map_present(scale, trees.scale_to_unit(updates), params)
-        epsilon = trees.scale_to_norm(epsilon, radius(state.count))
-        epsilon = trees.map_present(scale, epsilon, params)
+        sizes = jax.tree.map(size, params)
+        epsilon = trees.scale_to_norm(updates, radius(state.count), sizes)
+        epsilon = trees.map_present(lambda e, t: t * (t * e), epsilon, sizes)
         epsilon = trees.cast_like(epsilon, params)
         return epsilon, AdaptToScaleState(optax.safe_increment(state.count))
 

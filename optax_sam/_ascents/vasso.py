@@ -11,6 +11,7 @@ from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
 from optax_sam._base.checks import refuse
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
+from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
 
@@ -135,6 +136,8 @@ def suppress_variance(
         updates: optax.Updates,
         state: SuppressVarianceState,
         params: optax.Params | None = None,
+        *,
+        advance: protocol.Advance = protocol.take_new,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SuppressVarianceState]:
         del params, extra_args
@@ -153,13 +156,11 @@ def suppress_variance(
             limit: Any = jnp.finfo(d.dtype)  # type: ignore[no-untyped-call]
             return jnp.clip(mean, limit.min, limit.max).astype(d.dtype)
 
-        updates = trees.map_present(average, updates, state.direction)
-        direction = jax.tree.map(
-            lambda u, d: d if trees.is_absent(u) else u,
-            updates,
-            state.direction,
-            is_leaf=trees.is_absent,
-        )
+        mean = trees.map_present(average, updates, state.direction)
+        filled = trees.fill(mean, state.direction)
+        # Before anything reads it, so that it takes the place of the one before.
+        direction = advance(filled, state.direction)
+        updates = trees.map_present(lambda _, d: d, updates, direction)
         count = optax.safe_increment(state.count)
         return updates, SuppressVarianceState(count, direction)
 

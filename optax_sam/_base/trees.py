@@ -5,6 +5,7 @@ that sharded leaves stay where they are. A leaf that is `optax.MaskedNode` is
 *absent*: it takes part in nothing and is handed on as it is.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,16 @@ def map_present(
         lambda leaf, *others: leaf if is_absent(leaf) else fn(leaf, *others),
         tree,
         *rest,
+        is_leaf=is_absent,
+    )
+
+
+def fill(tree: chex.ArrayTree, other: chex.ArrayTree) -> chex.ArrayTree:
+    """A tree with the leaves of another in place of those that are absent."""
+    return jax.tree.map(
+        lambda leaf, spare: spare if is_absent(leaf) else leaf,
+        tree,
+        other,
         is_leaf=is_absent,
     )
 
@@ -65,8 +76,17 @@ def displace(params: optax.Params, displacement: chex.ArrayTree) -> optax.Params
 
 def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether no entry of a tree is infinite or NaN."""
-    # Not isfinite(max_abs): XLA on the CPU drops NaN from large float32 maxima.
-    return jnp.all(stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+    def of_leaf(x: Any) -> jax.Array:
+        found: jax.Array = jax.lax.platform_dependent(
+            jnp.asarray(x, float),
+            cuda=lambda x: _joint_squares(x)[0],  # The leaf's norm needs it as well.
+            default=lambda x: jnp.sum(x - x),  # 0 or NaN.
+        )
+        return found
+
+    # Not by a maximum: XLA on the CPU drops NaN from large ones.
+    return jnp.all(jnp.isfinite(stack(jax.tree.map(of_leaf, tree))))
 
 
 def ratio(x: Any, size: jax.Array) -> Any:
@@ -75,38 +95,91 @@ def ratio(x: Any, size: jax.Array) -> Any:
     return x / jnp.where(size == 0, 1, size)
 
 
-def scale_to_unit(tree: chex.ArrayTree) -> chex.ArrayTree:
-    """Divides a tree by its largest absolute value, unless that is zero.
+def scale_to_norm(
+    tree: chex.ArrayTree, norm: chex.Numeric, weights: chex.ArrayTree | None = None
+) -> chex.ArrayTree:
+    r"""Scales a tree to a norm: :math:`\text{norm} \cdot x / \|w \odot x\|`.
 
-    The result is in the default float type, which is float64 under `jax_enable_x64`, or
-    wider, and its entries are in [-1, 1] whatever the scale and type of `tree`.
-    """
-    leaves = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
-    largest = jnp.max(stack(leaves), initial=0.0)
-    largest = largest.astype(jnp.promote_types(largest.dtype, jnp.zeros([]).dtype))
-    return map_present(lambda x: ratio(x, largest), tree)
-
-
-def scale_to_norm(tree: chex.ArrayTree, norm: chex.Numeric) -> chex.ArrayTree:
-    r"""Scales a tree to a global Euclidean norm: :math:`\text{norm} \cdot x / \|x\|`.
-
-    Dividing by the largest absolute value first leaves a norm of 1 or more: no square
-    overflows, none that matters underflows, and the scale of `tree` drops out.
+    The norm is the Euclidean one of the whole tree. Squares are added up on several
+    scales in one read of it, of which one counts: there no square overflows, and none
+    that matters underflows. So the scale of `tree` drops out.
 
     Args:
       tree: Pytree of real arrays of any shapes.
-      norm: Scalar, the norm of the result.
+      norm: Scalar, the norm of the weighted result.
+      weights: Pytree of the same shapes, what entries are multiplied by for their norm
+        alone; None for ones.
 
     Returns:
-      The scaled tree, in the default float type or wider. Zeros if `tree` is all zeros;
-      not finite if `tree` is not.
+      The scaled tree, in the default float type, which is float64 under
+      `jax_enable_x64`. Zeros if all products are; not finite if `tree` is not.
     """
-    unit = scale_to_unit(tree)
-    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(unit)]
-    total = jnp.sum(stack(squares))
-    # Fires where the tree is all zeros: any other has an entry of size one here.
+    tree = map_present(lambda x: jnp.asarray(x, float), tree)
+    given = () if weights is None else (map_present(lambda _, w: w, tree, weights),)
+    scales = _scales(*given)
+    sums = [
+        jax.lax.platform_dependent(
+            *leaf, cpu=_squares_on_cpu, cuda=_joint_squares, default=_squares
+        )
+        for leaf in zip(*map(jax.tree.leaves, (tree, *given)), strict=True)
+    ]
+    totals = [jnp.sum(stack([s[i] for s in sums])) for i in range(len(scales))]
+    scale, total = jnp.asarray(scales[-1]), totals[-1]
+    for smaller, its_total in zip(scales[-2::-1], totals[-2::-1], strict=True):
+        counts = ~(its_total < scales[0] ** 0.75)  # Far from underflow, or NaN.
+        scale = jnp.where(counts, smaller, scale)
+        total = jnp.where(counts, its_total, total)
+    # Fires where the tree is all zeros.
     factor = norm / jnp.sqrt(jnp.where(total == 0, 1, total))
-    return map_present(lambda x: x * factor, unit)
+    # One after the other: the product of the two may overflow.
+    return map_present(lambda x: x * scale * factor, tree)
+
+
+def _scales(*weights: Any) -> tuple[float, ...]:
+    """Powers of two, ascending, whose multiples of any entry have squares in between.
+
+    Products with weights can be smaller than entries, and take one more.
+    """
+    limits: Any = jnp.finfo(jnp.zeros([]).dtype)  # type: ignore[no-untyped-call]
+    step = 2.0 ** (5 * limits.maxexp // 8)
+    return 1 / step, 1.0, step, *(step**1.5 for _ in weights)
+
+
+def _scaled(x: jax.Array, *weights: jax.Array, clip: bool) -> list[jax.Array]:
+    """The squares of an array's products with weights, on each scale."""
+    scaled = [math.prod(weights, start=x * scale) for scale in _scales(*weights)]
+    # Else a compiler may square the scale by itself, to zero or infinity. XLA on the
+    # CPU does so for single entries only, and takes ten times as long to clip others.
+    if clip or x.size == 1:
+        limits: Any = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
+        scaled = [jnp.minimum(jnp.abs(y), limits.max) for y in scaled]
+    return [jnp.square(y) for y in scaled]
+
+
+def _squares(*leaf: jax.Array, clip: bool = True) -> tuple[jax.Array, ...]:
+    """Their sums."""
+    return tuple(map(jnp.sum, _scaled(*leaf, clip=clip)))
+
+
+_squares_on_cpu = functools.partial(_squares, clip=False)
+
+
+def _joint_squares(*leaf: jax.Array) -> tuple[jax.Array, ...]:
+    """The same by one reduction: for a GPU, which reduces in two rounds, less kernels.
+
+    XLA for TPUs would not make it part of the product that makes `x`.
+    """
+    squares = _scaled(*leaf, clip=True)
+    zero = jnp.zeros_like(squares[0], shape=())
+    sums: tuple[jax.Array, ...] = jax.lax.reduce(
+        tuple(squares),
+        (zero,) * len(squares),
+        lambda a, b: tuple(map(jnp.add, a, b)),
+        tuple(range(squares[0].ndim)),
+    )
+    # Else what is not read is left out, before it is seen that others read it.
+    kept: tuple[jax.Array, ...] = opaque(sums)
+    return kept
 
 
 def stack(scalars: chex.ArrayTree) -> jax.Array:

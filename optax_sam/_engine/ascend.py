@@ -19,7 +19,7 @@ class Ascended(NamedTuple):
     Attributes:
       epsilon: The perturbation: a tree like the parameters, or with
         `optax.MaskedNode` for leaves that are not perturbed; zeros unless finite.
-      state: The ascent's new state, which counts only if finite.
+      state: The ascent's new state, or the one before.
       finite: Whether what the ascent read was finite, a bool scalar.
     """
 
@@ -34,60 +34,86 @@ def ascend(
     state: optax.OptState,
     params: optax.Params,
     arguments: dict[str, Any],
+    advances: jax.Array | None = None,
 ) -> Ascended:
     """Ascends along a clean gradient; one that is not finite leads nowhere.
 
     The ascent is traced once. What it reads is seen in the trace, which is then
-    evaluated.
+    evaluated. Its state advances where that is finite, or where it is told to.
     """
     leaves, structure = jax.tree.flatten(gradient)
 
-    def update(*leaves: jax.Array) -> tuple[optax.Updates, optax.OptState]:
+    def update(
+        condition: jax.Array, *leaves: jax.Array
+    ) -> tuple[optax.Updates, optax.OptState]:
+        advance = _Advance(condition)
         gradient = jax.tree.unflatten(structure, leaves)
-        epsilon, new = ascent.update(gradient, state, params, **arguments)
-        return epsilon, new
+        given = arguments | {"advance": advance}
+        epsilon, new = ascent.update(gradient, state, params, **given)
+        return epsilon, advance(new, state)
 
     trace: Any = jax.make_jaxpr(update, return_shape=True)
     evaluate: Any = jax.core.eval_jaxpr
-    closed, shapes = trace(*leaves)
-    found = evaluate(closed.jaxpr, closed.consts, *leaves)
+    closed, shapes = trace(True, *leaves)
+    _, *read = _read(closed.jaxpr)
+    finite = trees.all_finite([g for g, r in zip(leaves, read, strict=True) if r])
+    condition = finite if advances is None else advances
+    found = evaluate(closed.jaxpr, closed.consts, condition, *leaves)
     epsilon, new = jax.tree.unflatten(jax.tree.structure(shapes), found)
-    read = _read(closed.jaxpr, leaves, epsilon, new)
-    finite = trees.all_finite(read)
+    own = _own(read, epsilon, new)
+    if own:
+        finite &= trees.all_finite(own)
+        new = _Advance(finite)(new, state) if advances is None else new
     epsilon = trees.map_present(lambda e: _zero_unless(finite, e), epsilon)
     return Ascended(epsilon, new, finite)
 
 
-def advance_if(
-    condition: jax.Array, new: chex.ArrayTree, old: chex.ArrayTree
-) -> chex.ArrayTree:
-    """The new state of an ascent if a scalar condition holds, or the old one."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+class _Advance:
+    """`advance(new, old)`: a new state where a scalar condition holds, or the old one.
+
+    What it has chosen before it leaves as it is: compilers would not see that to choose
+    twice is to choose once, and keep the old state for the second time.
+    """
+
+    def __init__(self, condition: jax.Array) -> None:
+        self._condition = condition
+        self._chosen: list[Any] = []
+
+    def __call__(self, new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
+        """Chooses leaf by leaf."""
+
+        def choose(a: Any, b: Any) -> Any:
+            if not any(a is x for x in self._chosen):
+                a = jnp.where(self._condition, a, b)
+                self._chosen.append(a)
+            return a
+
+        return jax.tree.map(choose, new, old)
 
 
-def _read(
-    jaxpr: Any,
-    gradient: list[jax.Array],
-    epsilon: optax.Updates,
-    state: optax.OptState,
-) -> list[jax.Array]:
-    """What has to be finite: all of the gradient that the ascent reads.
+def _read(jaxpr: Any) -> list[bool]:
+    """Which inputs an ascent reads: those leaves of the gradient have to be finite.
 
     To look at a leaf that the ascent leaves unread, since a static mask drops it or a
     gradient of its own replaces it, would make XLA compute it; one that is dropped
-    after an average or a norm has read it must be looked at. A gradient of the
-    ascent's own is seen in what it makes of it, epsilon and its state.
+    after an average or a norm has read it must be looked at.
     """
     used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | set(
         map(id, jaxpr.outvars)
     )
-    unread = [id(v) not in used for v in jaxpr.invars]
+    return [id(v) in used for v in jaxpr.invars]
+
+
+def _own(
+    read: list[bool], epsilon: optax.Updates, state: optax.OptState
+) -> list[jax.Array]:
+    """What a gradient of the ascent's own is seen in: epsilon and its state."""
     made = jax.tree.leaves(epsilon, is_leaf=trees.is_absent)
-    own = [e for e, u in zip(made, unread, strict=True) if u and not trees.is_absent(e)]
+    own = [e for e, r in zip(made, read, strict=True) if not (r or trees.is_absent(e))]
     if own:
         numbers = jax.tree.leaves(state)
         own += [x for x in numbers if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    return [g for g, u in zip(gradient, unread, strict=True) if not u] + own
+    return own
 
 
 def _zero_unless(condition: jax.Array, e: Any) -> jax.Array:

@@ -45,7 +45,7 @@ class Passes(NamedTuple):
     Attributes:
       clean_gradient: The gradient at the parameters.
       gradient: The gradient at the perturbed parameters.
-      ascent_state: The ascent's new state, which counts only if finite.
+      ascent_state: The ascent's state after them.
       finite: Whether what the ascent read was finite, a bool scalar.
       found: Losses and auxiliary data, if groups made clean passes of their own.
     """
@@ -164,21 +164,22 @@ class Examples:
 
     def each_alone(
         self,
-        two_passes: Callable[[Group], Passes],
+        two_passes: Callable[..., Passes],
         gradient: optax.Updates,
         size: int | None,
         at_once: int | None,
     ) -> Passes:
         """The mean of passes over groups of a size, those of a device without one."""
+        always = jnp.ones([], bool)  # What becomes of their states, nobody reads.
         if size is None:
-            passes = two_passes(self.of_device(gradient))
+            passes = two_passes(self.of_device(gradient), always)
             found = jax.tree.map(lambda x: x[None, None], passes.found)
             passes = passes._replace(found=found)
         else:
             batch = self.arguments["batch"]
             parts = batching.split(_OWNER, batch, size, at_once, self.devices)
             passes = _mean(
-                lambda part: two_passes(self.of_part(part[0], part[1], size)),
+                lambda part: two_passes(self.of_part(part[0], part[1], size), always),
                 (parts, self._numbers(parts)),
                 self.devices.vary(self.params),
             )

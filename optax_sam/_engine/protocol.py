@@ -6,8 +6,9 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
+import chex
 import jax
 import optax
 
@@ -21,6 +22,7 @@ except ImportError:  # Before jax 0.10.
     from jax.core import get_opaque_trace_state
 
 _trace_now: Callable[[], Any] = get_opaque_trace_state
+Advance: TypeAlias = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
 MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
 
 
@@ -73,6 +75,10 @@ class Arguments(TypedDict, total=False):
       scoring_axis_name: That of the examples to score by, where it is another: a device
         that ascends for itself has no `axis_name`, but shares its scores.
       report: Takes value and auxiliary data of groups that made their own clean passes.
+      advance: `advance(new, old)` is a part of the ascent's new state, or the old one
+        unless the gradient is finite. The engine chooses so for all of the state that
+        the ascent returns; an ascent that goes on with a part of its new state chooses
+        before, and so the old one need not be kept beside it.
     """
 
     loss_fn: Callable[[optax.Params, Any], jax.Array]
@@ -86,9 +92,16 @@ class Arguments(TypedDict, total=False):
     axis_name: AxisName
     scoring_axis_name: AxisName
     report: Report
+    advance: Advance
 
 
 ARGUMENTS = frozenset(Arguments.__annotations__)
+
+
+def take_new(new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
+    """What `advance` is where no engine passes it."""
+    del old
+    return new
 
 
 def given(batch: Any = MISSING, **others: Any) -> dict[str, Any]:

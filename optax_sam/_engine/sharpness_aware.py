@@ -19,7 +19,7 @@ from optax_sam._base.checks import check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
 from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import protocol
-from optax_sam._engine.ascend import Ascended, advance_if, ascend
+from optax_sam._engine.ascend import Ascended, ascend
 from optax_sam._engine.groups import Examples, Group, Passes
 
 
@@ -195,12 +195,12 @@ def sharpness_aware(
         averaged = axis_name is not None
         examples = Examples.of_step(params, extra_args, devices, averaged)
 
-        def ascend_along(gradient: Any, params: Any, arguments: Any) -> Ascended:
-            return ascend(ascent, gradient, state.ascent_state, params, arguments)
+        def ascend_along(gradient: Any, *others: Any) -> Ascended:
+            return ascend(ascent, gradient, state.ascent_state, *others)
 
-        def two_passes(group: Group) -> Passes:
+        def two_passes(group: Group, *advances: jax.Array) -> Passes:
             epsilon, ascent_state, finite = ascend_along(
-                group.gradient, group.params, group.arguments
+                group.gradient, group.params, group.arguments, *advances
             )
             gradient = group.gradient_at(trees.displace(group.params, epsilon))
             return Passes(group.gradient, gradient, ascent_state, finite, group.found)
@@ -212,20 +212,20 @@ def sharpness_aware(
             examples = examples.sharing_scores(size)
             passes = examples.each_alone(two_passes, updates, size, at_once)
             advanced = ascend_along(
-                passes.clean_gradient, params, examples.shared_arguments
+                passes.clean_gradient,
+                params,
+                examples.shared_arguments,
+                passes.finite,
             )
             passes = passes._replace(ascent_state=advanced.state)
             examples = examples.as_found(passes)
-        ascent_state = advance_if(
-            passes.finite, passes.ascent_state, state.ascent_state
-        )
         base_args = protocol.accepted(
             base.update, examples.shared_arguments, withhold=protocol.ARGUMENTS
         )
         updates, base_state = base.update(
             passes.gradient, state.base_state, params, **base_args
         )
-        return updates, SharpnessAwareState(ascent_state, base_state)
+        return updates, SharpnessAwareState(passes.ascent_state, base_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -11,7 +11,7 @@ import optax
 from optax_sam._base import batching, trees
 from optax_sam._base.losses import check_losses, mean_loss
 from optax_sam._engine import protocol
-from optax_sam._engine.ascend import advance_if, ascend
+from optax_sam._engine.ascend import ascend
 from optax_sam._engine.sharpness_aware import SharpnessAwareState
 from optax_sam._engine.value_and_update import value_and_update
 from optax_sam.diagnostics import _loop, _vector
@@ -244,8 +244,8 @@ def _ascent_step(
     def update(
         gradient: optax.Updates, state: optax.OptState, params: Any, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        epsilon, new, finite = ascend(ascent, gradient, state, params, extra_args)
-        return epsilon, (advance_if(finite, new, state), extra_args["losses"])
+        epsilon, new, _ = ascend(ascent, gradient, state, params, extra_args)
+        return epsilon, (new, extra_args["losses"])
 
     step = value_and_update(
         loss_fn,

@@ -9,6 +9,8 @@ from methods import DTYPES, cover
 from optax_sam._base import trees
 
 ABSENT = optax.MaskedNode()
+# What each kind of device has.
+SQUARES = [trees._squares_on_cpu, trees._squares, trees._joint_squares]
 
 
 @cover(
@@ -29,12 +31,8 @@ def test_all_finite(bad, shape, dtype):
     assert trees.all_finite(jnp.zeros((0, 3)))
 
 
-def test_scale_to_unit():
-    tree = {"a": jnp.array([1.0, -8.0]), "b": ABSENT, "c": jnp.float16(4.0), "d": None}
-    unit = trees.scale_to_unit(tree)
-    np.testing.assert_array_equal(unit["a"], [0.125, -1.0])
-    assert (unit["b"], unit["c"], unit["d"]) == (ABSENT, 0.5, None)
-    np.testing.assert_array_equal(trees.scale_to_unit(jnp.zeros(3)), np.zeros(3))
+def test_what_is_finite_although_its_square_is_not():
+    assert trees.all_finite(jnp.full(4, 3e38))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -53,10 +51,41 @@ def test_scale_to_norm_rounds_nothing_to_the_dtype_of_its_input(dtype):
     np.testing.assert_allclose(trees.scale_to_norm(tree, 1.0), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_scale_to_norm_in_float32_beyond_the_range_of_squares(scale):
-    out = trees.scale_to_norm(scale * jnp.arange(1.0, 5.0), 2.0)
-    np.testing.assert_allclose(out, 2 * np.arange(1, 5) / np.sqrt(30), rtol=1e-6)
+@pytest.mark.parametrize("squares", SQUARES)
+@pytest.mark.parametrize("exponent", [-37, -30, -24, -18, -9, 0, 9, 15, 30, 37])
+def test_scale_to_norm_in_float32_beyond_the_range_of_squares(
+    squares, exponent, monkeypatch
+):
+    monkeypatch.setattr(trees, "_squares_on_cpu", squares)
+    unit = np.float32(10.0) ** exponent
+    for entries in ([1], [0, 0], [1, 2, 3, 4]):
+        tree = [unit * np.array(entries, np.float32), np.zeros(1, np.float32)]
+        out, zero = jax.jit(trees.scale_to_norm)(tree, 2.0)
+        expected = 2 * np.array(entries) / (np.linalg.norm(entries) or 1)
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+        np.testing.assert_array_equal(zero, 0)
+
+
+@pytest.mark.parametrize("largest", [1e-36, 1e-23, 1e-10, 1e3, 1e16, 1e29, 3e38])
+def test_scale_to_norm_of_entries_of_all_sizes(largest):
+    tree = np.float32(largest) * np.logspace(-20, 0, 5001, dtype=np.float32)
+    tree = tree[tree > np.finfo(np.float32).tiny]
+    expected = tree.astype(np.float64) / problems.norm(tree)
+    np.testing.assert_allclose(trees.scale_to_norm(tree, 1.0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("squares", SQUARES)
+def test_scale_to_a_weighted_norm(squares, monkeypatch):
+    monkeypatch.setattr(trees, "_squares_on_cpu", squares)
+    tree, weights = {"a": jnp.array([3.0, -4.0]), "b": ABSENT}, jnp.array([4.0, 3.0])
+    out = trees.scale_to_norm(tree, 2.0, {"a": weights, "b": jnp.ones(5)})
+    assert out["b"] == ABSENT
+    np.testing.assert_allclose(out["a"], np.array([3, -4]) / (6 * 2**0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scale_to_norm_hides_nothing_that_is_not_finite(value):
+    assert not np.isfinite(trees.scale_to_norm(jnp.array([1.0, value]), 1.0)).all()
 
 
 def test_norm_accumulates_over_many_small_leaves_in_float32():

@@ -112,11 +112,11 @@ def test_ascent_gets_the_protocol_and_unknown_arguments():
     ascent, seen = recorder()
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
     by_hand(tx, PROBLEM, **LOSS, tag="mine")
-    assert set(seen["extra_args"]) == {"loss_fn", "batch", "tag"}
+    assert set(seen["extra_args"]) == {"loss_fn", "batch", "tag", "advance"}
     by_hand(tx, PROBLEM, grad_fn=lambda params: params)
-    assert set(seen["extra_args"]) == {"grad_fn"}
+    assert set(seen["extra_args"]) == {"grad_fn", "advance"}
     by_hand(tx, PROBLEM, loss_fn=lambda p, _: jnp.sum(p["b0"]), batch=None)
-    assert set(seen["extra_args"]) == {"loss_fn", "batch"}
+    assert set(seen["extra_args"]) == {"loss_fn", "batch", "advance"}
 
 
 def test_what_an_ascent_hands_on_is_added_in_the_dtype_of_the_parameters():
