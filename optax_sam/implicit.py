@@ -20,6 +20,7 @@ every `jax.custom_vjp`. This module needs Flax, and the rest of the package does
 
 import dataclasses
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,6 +34,7 @@ from flax import nnx
 from jax import lax
 
 from optax_sam._base import trees
+from optax_sam._base.hyperparameters import as_decimal
 
 __all__ = [
     "Channels",
@@ -120,8 +122,8 @@ class Channels(_Backward):
       dX = dY_K W_K^\top, \qquad dW_K = X^\top dY_K, \qquad
       dW_c = 0 \text{ for } c \notin K
 
-    :math:`K` holds the `max(1, C - int(C * sparsity))` of the `C` output features with
-    the largest :math:`\|dY_c\| \|W_c\|`, the norms of the terms that make up
+    :math:`K` holds the `max(1, C - floor(C * sparsity))` of the `C` output features
+    with the largest :math:`\|dY_c\| \|W_c\|`, the norms of the terms that make up
     :math:`dX`, or with the largest :math:`\|W_c\|`. It is chosen anew in each
     backward, their number is fixed, and nothing is compiled again. Of equals the first
     are kept, and features whose norm is not finite before all others, so that a bad
@@ -182,7 +184,7 @@ class Channels(_Backward):
         self, product: _Product, lhs: Any, rhs: Any, features: _Features | None
     ) -> jax.Array:
         size = rhs.shape[features.kernel] if features else 0
-        count = max(1, size - int(size * self.sparsity))
+        count = max(1, size - math.floor(size * as_decimal(self.sparsity)))
         if features is None or count >= size:
             return product(lhs, rhs)
 

@@ -275,7 +275,8 @@ def _counts(
     The authors' code rounds the two apart, so that its density drifts by an entry or
     so, and by many if it finds fewer to grow than it dropped. Here one number is both.
     """
-    num = jnp.minimum((share * kept).astype(kept.dtype), free)
+    # A product of more than 24 bits may be rounded above what is kept.
+    num = jnp.minimum((share * kept).astype(kept.dtype), jnp.minimum(kept, free))
     return kept - num, num
 
 

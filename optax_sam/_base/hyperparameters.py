@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NoReturn, TypeAlias
 
 import chex
@@ -112,6 +113,11 @@ def check_integer(
     if low is not None and value < low:
         _refuse_size(owner, name, value, f"pass {at_least}")
     return int(value)
+
+
+def as_decimal(number: Any) -> Fraction:
+    """The decimal that was written, exactly; the float itself is a little off it."""
+    return Fraction(str(number))
 
 
 def check_bool(owner: str, name: str, value: Any) -> bool:

@@ -4,6 +4,7 @@ A pattern keeps the entries of large score. Masks have the shapes of the scores,
 absent leaf (`optax.MaskedNode`) stays absent.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from optax_sam._base import trees
 from optax_sam._base.checks import refuse
-from optax_sam._base.hyperparameters import check_choice, check_integer
+from optax_sam._base.hyperparameters import as_decimal, check_choice, check_integer
 from optax_sam._masks import top_k
 
 Pattern: TypeAlias = Callable[[chex.ArrayTree], chex.ArrayTree]
@@ -25,8 +26,9 @@ def unstructured(sparsity: float) -> Pattern:
 
     .. math:: k = \lfloor N (1 - \text{sparsity}) \rfloor
 
-    of the :math:`N` entries are kept, exactly. Of equal scores those of earlier leaves,
-    then those earlier in row-major order, stay.
+    of the :math:`N` entries are kept, exactly, for the decimal that was written: of 10,
+    a sparsity of 0.9 keeps 1. Of equal scores those of earlier leaves, then those
+    earlier in row-major order, stay.
 
     Args:
       sparsity: Share of the entries to leave out, in [0, 1]; a Python number, since it
@@ -191,7 +193,8 @@ def _keep_in_groups(x: jax.Array, n: int, m: int, axis: int) -> jax.Array:
 
 def check_sparsity(owner: str, sparsity: Any) -> float:
     """Returns a sparsity that is a number in [0, 1], or refuses it."""
-    if not isinstance(sparsity, int | float | np.number) or isinstance(sparsity, bool):
+    kinds = int | float | np.integer | np.floating
+    if not isinstance(sparsity, kinds) or isinstance(sparsity, bool):
         remedy = (
             "it fixes how many entries are kept, so it can be neither traced nor "
             "scheduled. Under optax.inject_hyperparams name it, or the pattern, in "
@@ -199,7 +202,7 @@ def check_sparsity(owner: str, sparsity: Any) -> float:
         )
         what = "sparsity must be a Python number"
         refuse(owner, what, sparsity, remedy, TypeError)
-    number = float(sparsity)
+    number = float(str(sparsity))  # np.float32(0.9) stands for 0.9.
     if not 0 <= number <= 1:  # Fails for NaN.
         raise ValueError(
             f"{owner}: sparsity = {number:g} is out of range; pass the share of the "
@@ -210,7 +213,7 @@ def check_sparsity(owner: str, sparsity: Any) -> float:
 
 def num_kept(tree: chex.ArrayTree, sparsity: float) -> int:
     """How many entries of a tree are kept."""
-    return int(trees.size(tree) * (1 - sparsity))
+    return math.floor(trees.size(tree) * (1 - as_decimal(sparsity)))
 
 
 def _checked(owner: str, scores: chex.ArrayTree) -> chex.ArrayTree:

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from methods import cover
 
 import optax_sam
+from optax_sam._ascents import sparse_dynamic
 
 SIZES = {"w": (4, 9), "b": (5,), "s": ()}
 TOTAL = 42
@@ -38,10 +41,22 @@ def test_density_is_constant_at_every_step_and_sparsity(sparsity, grow_by):
     link = make(sparsity, grow_by=grow_by, drop_fraction=0.9, decay_steps=30)
     state, update = link.init(PARAMS), jax.jit(link.update)
     for step in range(12):
-        assert flat(state.mask).sum() == int(TOTAL * (1 - sparsity))
+        assert flat(state.mask).sum() == int(TOTAL * (1 - Fraction(str(sparsity))))
         masked, new = update(gradient(step), state)
         np.testing.assert_array_equal(flat(masked) != 0, flat(state.mask))
         state = new
+
+
+@pytest.mark.parametrize("kept", [16_777_217, 16_777_219, 2**31 + 255, 2**32 - 2])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_no_more_are_dropped_than_are_kept(kept, share):
+    """Counts above 2**24 have no float32."""
+    for free in (1, 25_165_829, 2**32 - 1 - kept):
+        counts = jnp.uint32(kept), jnp.uint32(free), jnp.float32(share)
+        stay, grown = map(int, sparse_dynamic._counts(*counts))
+        assert stay + grown == kept
+        assert grown <= free
+        assert grown == pytest.approx(min(Fraction(share) * kept, free), rel=2**-23)
 
 
 @pytest.mark.parametrize("drop_by", ["gradient", "weight"])

@@ -1,3 +1,4 @@
+from decimal import Decimal
 from functools import cache, partial
 
 import jax
@@ -151,7 +152,7 @@ def test_channels_are_the_dense_backward_of_the_chosen_features(case, choice):
     dense, x, w, dy = setup(case)
     w_axis, y_axis = ALL[case][-1]
     size = w.shape[w_axis]
-    count = max(1, size - int(size * sparsity))
+    count = max(1, size - int(size * Decimal(str(sparsity))))
     kept = expected_choice(case, w, dy, by, count)
     expected = pull_back(dense, x, w, keep_only(dy, kept, y_axis))
     sparse = with_backward(case, implicit.Channels(sparsity, by))
@@ -181,6 +182,12 @@ def test_masked_dense_layer_in_closed_form():
     x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
     np.testing.assert_allclose(dx, dy @ (w * mask).T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dw, x.T @ dy, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_are_counted_for_the_decimal_written():
+    product = implicit.Channels(0.29).dot_general
+    _, dw = jax.vjp(lambda w: product(jnp.ones((1, 2)), w, DENSE), jnp.ones((2, 100)))
+    assert int(dw(jnp.ones((1, 100)))[0].any(axis=0).sum()) == 71
 
 
 def test_channels_of_a_dense_layer_in_closed_form():

@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from methods import DTYPES, cover
 
 import optax_sam
+from optax_sam._masks.patterns import check_sparsity, num_kept
 
 PATTERNS = {
     "unstructured": optax_sam.unstructured(0.5),
@@ -26,15 +29,30 @@ def count(masks):
     return sum(int(m.sum()) for m in jax.tree.leaves(masks))
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.1, 0.5, 0.9, 0.99, 1, np.float32(0.25)])
+@pytest.mark.parametrize("sparsity", ["0", "0.1", "0.5", "0.8", "0.9", "0.99", "1"])
 def test_unstructured_keeps_exactly_so_many(sparsity):
-    scores = random_scores((3, 5), (7,), ())
-    masks = jax.jit(optax_sam.unstructured(sparsity))(scores)
-    assert count(masks) == int(23 * (1 - float(sparsity)))
+    scores = random_scores((3, 4), (7,), ())
+    masks = jax.jit(optax_sam.unstructured(float(sparsity)))(scores)
+    assert count(masks) == int(20 * (1 - Decimal(sparsity)))
     masks = jax.device_get(masks)
     kept = np.concatenate([s[m] for s, m in zip(scores, masks, strict=True)])
     dropped = np.concatenate([s[~m] for s, m in zip(scores, masks, strict=True)])
     assert min(kept, default=np.inf) >= max(dropped, default=-np.inf)
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float16])
+def test_counts_are_those_of_the_decimal_written(number):
+    for size in (10, 300, 41_943_048, 4_294_967_290):
+        scores = jax.ShapeDtypeStruct((size // 2, 2), jnp.float32)
+        for thousandths in range(0, 1001, 7):
+            written = Decimal(thousandths) / 1000
+            sparsity = check_sparsity("pattern", number(written))
+            assert num_kept({"w": scores}, sparsity) == int(size * (1 - written))
+
+
+def test_structured_counts_for_the_decimal_written():
+    scores = {f"{i}": np.full((1,), 10.0 - i) for i in range(10)}
+    assert count(optax_sam.structured(0.8)(scores)) == 2
 
 
 def test_unstructured_score_is_that_of_the_best_mask():
@@ -139,7 +157,7 @@ def test_sparsities_out_of_range(make):
     for value in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match=r"sparsity = .* is out of range"):
             make(value)
-    for value in ("half", None, True, jnp.float32(0.5)):
+    for value in ("half", None, True, jnp.float32(0.5), np.complex64(0.5)):
         with pytest.raises(TypeError, match="sparsity must be a Python number"):
             make(value)
 
