@@ -31,6 +31,10 @@ MANY_PARAMETERS = (
         *("mask_by_hand", "dynamic_between", "rw_sam", "m_sam_by_hand", "m_sam"),
     ),
 )
+SHARDED = (
+    ("--problem=matrices", "--layers=4", "--width=1024", "--layout=fully_sharded"),
+    ("dynamic_between", "dynamic"),
+)
 
 
 @functools.cache
@@ -91,3 +95,10 @@ def test_collectives(method, gradients, number):
     assert sent == pytest.approx(gradients, abs=0.01)
     assert row["all-reduce_bytes"] > 0.999 * row["sent_bytes"]
     assert row["collectives"] <= number
+
+
+def test_a_round_of_counting_is_one_collective_for_all_arrays():
+    figures = rows(*SHARDED)
+    # One in each of two loops and a few before, not three for each of four arrays.
+    number = figures["dynamic"]["collectives"]
+    assert number - figures["dynamic_between"]["collectives"] <= 8

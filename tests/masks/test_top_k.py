@@ -143,6 +143,19 @@ def test_more_entries_than_can_be_counted():
         jax.eval_shape(lambda x: top_k.largest(x, 1), huge * 2)
 
 
+def test_copies_on_all_devices_are_counted_without_a_word():
+    everywhere = jax.sharding.PartitionSpec()
+    each = jax.shard_map(
+        top_k.largest,
+        mesh=jax.make_mesh((8,), ("data",)),
+        in_specs=everywhere,
+        out_specs=everywhere,
+    )
+    compiled = jax.jit(each).lower([jnp.ones((4, 8)), jnp.ones(8)], 7).compile()
+    for kind in ("all-", "reduce-scatter", "collective"):
+        assert f" {kind}" not in compiled.as_text()
+
+
 def test_count_true():
     assert top_k.count_true({"a": jnp.array([True, False, True]), "b": ()}) == 2
     assert top_k.count_true({}) == 0
