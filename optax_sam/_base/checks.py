@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -79,6 +80,16 @@ def check_parameters(params: optax.Params | None) -> None:
                 "a sharpness-aware step does not see the parameters that its loss "
                 "needs. Put it outside: sharpness_aware(optax.masked(...), ascent), "
                 "and perturb_only(mask) in the ascent."
+            )
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            refuse(
+                where,
+                "parameters must be arrays",
+                leaf,
+                "keep functions, strings and other constants out of params; of an "
+                "Equinox module, take params, static = eqx.partition(model, "
+                "eqx.is_inexact_array) and eqx.combine(params, static) in the loss",
+                TypeError,
             )
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(

@@ -4,16 +4,18 @@
 :class:`Arguments`. A missing one is refused by whoever needs it.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypedDict
 
 import chex
 import jax
+import numpy as np
 import optax
 
 from optax_sam._base import losses
-from optax_sam._base.checks import check_like, checked
+from optax_sam._base.checks import check_like, checked, refuse
 from optax_sam._base.devices import AxisName
 
 try:
@@ -194,9 +196,7 @@ def gradient_function(
         given_fn = checked("grad_fn", grad_fn, "params")
 
         def given_gradient(params: optax.Params) -> optax.Updates:
-            gradient: optax.Updates = given_fn(params)
-            check_gradient("grad_fn(params)", gradient, params)
-            return gradient
+            return as_gradient("grad_fn(params)", given_fn(params), params)
 
         return given_gradient
     or_else = ", or pass grad_fn=..."
@@ -211,7 +211,84 @@ def gradient_function(
     return mean_gradient
 
 
-def check_gradient(name: str, gradient: optax.Updates, params: optax.Params) -> None:
-    """Refuses a gradient whose tree structure or shapes are not the parameters'."""
+def as_gradient(name: str, gradient: Any, params: optax.Params) -> optax.Updates:
+    """Returns a gradient as a tree like the parameters, or refuses it.
+
+    What Flax's variables hold is taken out of them: the gradient with respect to a
+    model that is merged from arrays has variables where these have arrays.
+    """
+    if type(gradient) is tuple and _paths(params) in map(_paths, gradient):
+        refuse(
+            "sharpness_aware",
+            f"{name} must be a gradient alone, a tree like params",
+            jax.tree.structure(gradient),
+            "take it out of the tuple that jax.value_and_grad(...), and jax.grad(..., "
+            "has_aux=True), return; grad_fn=jax.grad(...) gives it alone",
+        )
+    if _paths(gradient) == _paths(params):
+        structure, leaves = jax.tree.structure(params), jax.tree.leaves(gradient)
+        gradient = jax.tree.unflatten(structure, leaves)
     remedy = "Take the gradient with respect to the same tree that is passed as params."
     check_like(name, gradient, params, remedy)
+    return gradient
+
+
+def _paths(tree: Any) -> list[Any]:
+    """The paths of the leaves, those within Flax's variables as of the variables."""
+    value = jax.tree_util.GetAttrKey("value")
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    return [path[:-1] if path[-1:] == (value,) else path for path in paths]
+
+
+def explaining_states(
+    owner: str, tx: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, which says so if it fails for the state it was given."""
+
+    @functools.wraps(tx.update)
+    def update(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        try:
+            made: tuple[Any, Any] = tx.update(updates, state, params, **extra_args)
+            return made
+        except Exception as error:
+            explain_order(owner, tx, params, state, error)
+            if _init_gives(tx, params, state) is False:
+                raise TypeError(
+                    f"{owner}: the state is of another optimizer or of other "
+                    f"parameters, got {jax.tree.structure(state)}; start from "
+                    "tx.init(params), or make a new nnx.Optimizer of this model."
+                ) from error
+            raise
+
+    return tx._replace(update=update)
+
+
+def explain_order(
+    owner: str,
+    tx: optax.GradientTransformation,
+    params: Any,
+    state: Any,
+    error: Exception,
+) -> None:
+    """Says so if an error is due to parameters and state in each other's place."""
+    if _init_gives(tx, state, params):
+        raise TypeError(
+            f"{owner}: params and the state of the optimizer are swapped, params has "
+            f"{jax.tree.structure(params)}; call step(params, opt_state, *args), or "
+            "tx.update(grads, state, params)."
+        ) from error
+
+
+def _init_gives(tx: optax.GradientTransformation, params: Any, state: Any) -> Any:
+    """Whether a state is like `tx.init(params)`; None where that fails."""
+    try:
+        made = jax.eval_shape(tx.init, params)
+    except Exception:
+        return None
+
+    def description(tree: Any) -> Any:
+        return jax.tree.structure(tree), list(map(np.shape, jax.tree.leaves(tree)))
+
+    return description(made) == description(state)

@@ -141,7 +141,7 @@ def sharpness_aware(
       TypeError: If `base` or `ascent` is no transformation, a number of micro-batches
         or their size no integer, or `sync_ascent` no bool; in init and update, if a
         parameter is not real floating point or `loss_fn` cannot be called or returns
-        no array.
+        no array; in update, if `state` is that of something else.
       ValueError: If a size or number is less than 1; in update, if `params`, or
         `loss_fn` and `batch` as well as `grad_fn`, are missing, if losses or gradients
         have the wrong shape, if the batch cannot be cut into micro-batches, or if an
@@ -189,7 +189,8 @@ def sharpness_aware(
         axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        _check(updates, state, params, grad_fn, size)
+        _check(params, grad_fn, size)
+        updates = protocol.as_gradient("grads", updates, params)
         devices = _devices_of(own_axis_name, axis_name, sync_ascent)
         extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
         averaged = axis_name is not None
@@ -227,7 +228,8 @@ def sharpness_aware(
         )
         return updates, SharpnessAwareState(passes.ascent_state, base_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return protocol.explaining_states("sharpness_aware", tx)
 
 
 class SharpnessAwareState(NamedTuple):
@@ -242,18 +244,9 @@ class SharpnessAwareState(NamedTuple):
     base_state: optax.OptState
 
 
-def _check(
-    gradient: Any, state: Any, params: Any, grad_fn: Any, size: int | None
-) -> None:
+def _check(params: Any, grad_fn: Any, size: int | None) -> None:
     """Refuses what update cannot be called with."""
     check_parameters(params)
-    protocol.check_gradient("grads", gradient, params)
-    if not isinstance(state, SharpnessAwareState):
-        raise TypeError(
-            "sharpness_aware: state must be a SharpnessAwareState, got "
-            f"{type(state).__name__}; start from tx.init(params) of this very "
-            "transformation."
-        )
     if size is not None and grad_fn is not None:
         raise ValueError(
             "sharpness_aware: with micro_batch_size each micro-batch has a gradient of "

@@ -73,7 +73,8 @@ def value_and_update(
 
     Raises:
       TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if
-        a parameter is not real floating point or the loss no array.
+        a parameter is not real floating point, the loss no array, or `opt_state` not
+        that of these parameters and this optimizer.
       ValueError: In the step, if the losses have more than one axis or none in number,
         if parameters are missing, if `axis_name` is no axis, or if losses differ
         between devices of `jax.shard_map` that it does not name.
@@ -97,6 +98,7 @@ def value_and_update(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     tx = protocol.as_transformation("tx", tx)
+    tx = protocol.explaining_states("value_and_update", tx)
     devices = Devices(axis_name)
     perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)
     clean_fn = perturbed_fn
@@ -140,7 +142,16 @@ def value_and_update(
         found = (report.value, report.aux) if has_aux else report.value
         return found, updates, opt_state
 
-    return step
+    def explained_step(
+        params: optax.Params, opt_state: optax.OptState, *args: Any
+    ) -> tuple[Any, optax.Updates, optax.OptState]:
+        try:
+            return step(params, opt_state, *args)
+        except Exception as error:
+            protocol.explain_order("value_and_update", tx, params, opt_state, error)
+            raise
+
+    return explained_step
 
 
 def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:

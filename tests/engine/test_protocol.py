@@ -100,9 +100,61 @@ def test_parameters_that_cannot_be_perturbed(dtype):
         step(params, ())
 
 
-def test_state_of_another_optimizer():
-    with pytest.raises(TypeError, match="must be a SharpnessAwareState, got tuple"):
-        TX.update(PARAMS, optax.sgd(0.1).init(PARAMS), PARAMS, grad_fn=lambda p: p)
+@pytest.mark.parametrize(
+    "other",
+    [
+        optax.sgd(0.1),
+        optax_sam.vasso(optax.sgd(0.1), 0.1, theta=0.5),
+    ],
+)
+def test_state_of_another_optimizer(other):
+    state = other.init(PARAMS)
+    with pytest.raises(TypeError, match=r"aware: the state is .*tx\.init\(params\)"):
+        TX.update(PARAMS, state, PARAMS, grad_fn=lambda p: p)
+    step = optax_sam.value_and_update(losses, TX)
+    with pytest.raises(TypeError, match="value_and_update: the state is of another"):
+        step(PARAMS, state, jnp.ones(4))
+
+
+@pytest.mark.parametrize("tx", [TX, optax.sgd(0.1), optax.adam(0.1)])
+def test_swapped_parameters_and_state(tx):
+    step, state = optax_sam.value_and_update(losses, tx), tx.init(PARAMS)
+    with pytest.raises(TypeError, match=r"are swapped.*call step"):
+        step(state, PARAMS, jnp.ones(4))
+
+
+def test_a_failing_loss_fails_as_it_does():
+    def fails(params, batch):
+        raise KeyError("its own")
+
+    for tx in (TX, optax.sgd(0.1)):
+        with pytest.raises(KeyError, match="its own"):
+            optax_sam.value_and_update(fails, tx)(PARAMS, tx.init(PARAMS), 1.0)
+    with pytest.raises(KeyError, match="its own"):
+        update(loss_fn=fails, batch=1.0)
+
+
+def test_gradients_in_a_tuple():
+    def loss(params):
+        return jnp.sum(losses(params, jnp.ones(4)))
+
+    for grad_fn in (
+        jax.value_and_grad(loss),
+        jax.grad(lambda p: (loss(p), p), has_aux=True),
+    ):
+        with pytest.raises(ValueError, match=r"gradient alone.*grad_fn=jax\.grad"):
+            update(grad_fn=grad_fn)
+
+
+@pytest.mark.parametrize("constant", [jax.nn.relu, "same", jnp.dtype("float32")])
+def test_parameters_that_are_no_arrays(constant):
+    params = {"w": jnp.ones(3), "layer": {"how": constant}}
+    message = r"params\['layer'\]\['how'\].*eqx.partition\(model, eqx.is_inexact_array"
+    with pytest.raises(TypeError, match=message):
+        TX.init(params)
+    step = optax_sam.value_and_update(losses, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=message):
+        step(params, optax.sgd(0.1).init(PARAMS), jnp.ones(4))
 
 
 def test_gradients_that_do_not_fit():
