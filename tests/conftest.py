@@ -11,23 +11,32 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
-if importlib.util.find_spec("flax") is None:
-    # What is about Flax, or uses the examples, which need it.
-    collect_ignore = [
-        "data_files.py",
-        "example_support.py",
-        "docs",
-        "engine/test_batch_norm.py",
-        "engine/test_cost.py",
-        "engine/test_tpu.py",
-        "examples",
-        "implicit",
-    ]
-    collect_ignore_glob = ["test_readme*.py", "test_recipes*.py", "test_docs*.py"]
+# What is about Flax, or uses the examples, which need it.
+NEED_FLAX = [
+    "optax_sam/flax.py",
+    "optax_sam/implicit.py",
+    "tests/data_files.py",
+    "tests/engine/test_batch_norm.py",
+    "tests/engine/test_cost.py",
+    "tests/engine/test_tpu.py",
+    "tests/example_support.py",
+    "tests/examples",
+    "tests/implicit",
+    "tests/test_docs.py",
+    "tests/test_flax.py",
+    "tests/test_readme.py",
+    "tests/test_recipes.py",
+]
 
 
 def pytest_configure(config):
-    """Keeps compiled programs: many tests, and all that run again, share theirs."""
+    """Leaves out what needs Flax where it is missing; keeps compiled programs.
+
+    Many tests, and all that run again, share their programs.
+    """
+    if importlib.util.find_spec("flax") is None:
+        paths = [str(config.rootpath / path) for path in NEED_FLAX]
+        config.option.ignore = [*(config.option.ignore or ()), *paths]
     if hasattr(config, "cache") and jax.config.jax_compilation_cache_dir is None:
         for name, value in {
             "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),

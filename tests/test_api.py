@@ -75,6 +75,11 @@ top_eigenvalues(loss_fn, params, batch, *, count=1, iterations=32,
 worst_case_sharpness(loss_fn, params, batch, *, rho, steps=20, step_size=1.0,
     adaptive=False, eta=0.0, micro_batch_size=None, micro_batches_at_once=1, key=None)
 """,
+    "optax_sam.flax": """
+TrainState(step, apply_fn, params, tx, opt_state)
+nnx_value_and_update(loss_fn, *, has_aux=False, ascent_loss_fn=None,
+    scoring_loss_fn=None)
+""",
     "optax_sam.implicit": """
 Channels(sparsity, by='gradient')
 Masked(mask, layer='the layer')
@@ -100,7 +105,7 @@ def described(name, value):
 
 @pytest.mark.parametrize("module", API)
 def test_names_parameters_and_fields(module):
-    if module == "optax_sam.implicit":
+    if module in ("optax_sam.flax", "optax_sam.implicit"):
         pytest.importorskip("flax")
     public = importlib.import_module(module)
     found = {described(name, getattr(public, name)) for name in public.__all__}

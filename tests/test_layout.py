@@ -17,9 +17,11 @@ MAY_IMPORT = {
     "_masks": {"_base", "_masks"},
     "_ascents": {"_base", "_engine", "_masks", "_ascents.sam"},
     "diagnostics": {"_base", "_engine", "_masks", "diagnostics"},
+    "flax": {"_base", "_engine"},
     "implicit": {"_base"},
 }
 DEPENDENCIES = {"chex", "jax", "numpy", "optax"}
+NEED_FLAX = {"flax", "implicit"}
 
 
 def module_name(path):
@@ -55,7 +57,7 @@ def test_modules_import_what_lies_below_them(module):
             if folder:  # The package itself brings all together.
                 assert is_within(imported, MAY_IMPORT[folder]), imported
         elif top not in sys.stdlib_module_names:
-            allowed = DEPENDENCIES | ({"flax"} if folder == "implicit" else set())
+            allowed = DEPENDENCIES | ({"flax"} if folder in NEED_FLAX else set())
             assert top in allowed, imported
 
 
