@@ -23,6 +23,8 @@ from sam_examples.settings.methods import METHODS, check_batch, hyperparameters,
 from sam_examples.training.epochs import prepare_digits, shuffled_batches
 from tqdm import tqdm
 
+from optax_sam.flax import nnx_value_and_update
+
 
 @dataclasses.dataclass(frozen=True)
 class Options(NoisyDigits):
@@ -43,74 +45,33 @@ class Options(NoisyDigits):
     """Changes of the method's hyperparameters, such as rho=0.05 theta=0.2."""
 
 
-@nnx.jit
-def train_step(model: ResNet, optimizer: nnx.Optimizer[Any], batch: Split) -> Any:
-    """Moves the model and the optimizer by one step, of any method.
+def loss_fn(model: ResNet, batch: Split) -> tuple[jax.Array, jax.Array]:
+    """The losses of the examples, shape `[B]`, and the accuracy of the model."""
+    logits = model(batch.images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return losses, jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
 
-    The functions of the parameters merge them with what the model holds beside: running
-    statistics and the state of its random numbers. That is as it was before the step in
-    both passes, so that they drop the same features; what the clean pass makes of it is
-    kept, so that running statistics never see perturbed parameters.
 
-    Args:
-      model: in training mode.
-      optimizer: of the model's `nnx.Param`; its transformation takes extra arguments.
-      batch: normalized images `[B, H, W, C]`, and labels `[B]`.
+def scoring_loss_fn(model: Any, batch: Split) -> jax.Array:
+    """The losses that Sparse SAM scores weights by, those in evaluation mode.
 
-    Returns:
-      The mean loss and the accuracy of the clean pass.
+    An example normalised by itself has no gradient worth the name.
     """
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    graph, params, rest = parts
-    rest = nnx.as_pure(rest)  # Arrays, of which every pass makes variables of its own.
+    model.eval()
+    return loss_fn(model, batch)[0]
 
-    def losses_and_aux(params: Any, batch: Split) -> Any:
-        merged = nnx.merge(graph, params, rest)
-        logits = merged(batch.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
-        return losses, (nnx.as_pure(nnx.state(merged, nnx.Not(nnx.Param))), accuracy)
 
-    def scoring_loss_fn(params: Any, batch: Split) -> Any:
-        # An example normalised by itself has no gradient worth the name.
-        merged = nnx.merge(graph, params, rest)
-        merged.eval()
-        return optax.softmax_cross_entropy_with_integer_labels(
-            merged(batch.images), batch.labels
-        )
-
-    losses, vjp, (rest_after, accuracy) = jax.vjp(
-        lambda params: losses_and_aux(params, batch), params, has_aux=True
-    )
-    (gradient,) = vjp(jnp.full_like(losses, 1 / len(losses)))
-    nnx.update(model, rest_after)
-    # RW-SAM weights the examples of the clean pass by its losses and its pullback, and
-    # would otherwise run it again; Sparse SAM scores weights by the scoring loss. Other
-    # methods need the first two only, and the base alone nothing.
-    optimizer.update(
-        model,
-        gradient,
-        loss_fn=lambda params, batch: losses_and_aux(params, batch)[0],
-        batch=batch,
-        losses=losses,
-        pullback=lambda weights: nnx.as_pure(vjp(weights)[0]),
-        scoring_loss_fn=scoring_loss_fn,
-    )
-    return jnp.mean(losses), accuracy
+# Moves the model and the optimizer by one step of any method; returns the mean loss and
+# the accuracy.
+train_step = nnx.jit(
+    nnx_value_and_update(loss_fn, has_aux=True, scoring_loss_fn=scoring_loss_fn)
+)
 
 
 @nnx.jit
 def count_correct(model: ResNet, batch: Split) -> jax.Array:
     """How many images a model in evaluation mode classifies as labelled."""
     return jnp.sum(jnp.argmax(model(batch.images), axis=-1) == batch.labels)
-
-
-def make_optimizer(
-    model: nnx.Module, tx: optax.GradientTransformation
-) -> nnx.Optimizer[Any]:
-    """An optimizer of the parameters that takes the extra arguments of any method."""
-    # The base alone would refuse them.
-    return nnx.Optimizer(model, optax.with_extra_args_support(tx), wrt=nnx.Param)
 
 
 class Training:
@@ -137,7 +98,7 @@ class Training:
             dropout_rate=options.dropout,
             rngs=nnx.Rngs(options.seed),
         )
-        self._optimizer = make_optimizer(self._model, tx)
+        self._optimizer = nnx.Optimizer(self._model, tx, wrt=nnx.Param)
         self.curves: dict[str, list[float]] = defaultdict(list)
 
     def train_epoch(self, indices: np.ndarray, bar: Any) -> None:

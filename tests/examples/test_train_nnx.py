@@ -60,7 +60,7 @@ def test_steps_of_sam_are_those_of_linen():
     model = make_model((1, 1))
     linen = resnet.ResNet((1, 1), 3, width=4)
     tx = optax_sam.sam(optax.sgd(0.1, momentum=0.9), rho=0.5)
-    optimizer = train_nnx.make_optimizer(model, tx)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     _, nnx_params, nnx_rest = split(model)
     params, batch_stats = as_linen(nnx_params), as_linen(nnx_rest)
     start = params
@@ -133,7 +133,7 @@ def test_both_passes_drop_the_same_and_the_clean_one_leaves_its_statistics():
 
     clean, perturbed, same, other = by_hand(graph, params, rest)
     tx = optax_sam.sam(optax.sgd(learning_rate), rho)
-    train_nnx.train_step(model, train_nnx.make_optimizer(model, tx), batch)
+    train_nnx.train_step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), batch)
     _, params_after, rest_after = split(model)
     assert_trees_close(params_after, same, rtol=1e-5, atol=1e-6)
     assert not np.allclose(same["head"]["kernel"], other["head"]["kernel"], rtol=1e-3)
@@ -154,7 +154,7 @@ def test_methods_train(method):
     tx = make_tx(method, optax.sgd(0.1), values, 10)
     model = make_model(dropout_rate=0.1)
     before = split(model)[1]
-    optimizer = train_nnx.make_optimizer(model, tx)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     loss, accuracy = train_nnx.train_step(model, optimizer, make_batch())
     after = split(model)[1]
     assert 0.5 < loss < 3
@@ -168,7 +168,7 @@ def test_methods_train(method):
 def test_sam_costs_two_passes_and_rw_sam_a_third_more():
     def flops(tx):
         model = make_model((1,))
-        optimizer = train_nnx.make_optimizer(model, tx)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         lowered = train_nnx.train_step.lower(model, optimizer, make_batch(size=32))
         return lowered.cost_analysis()["flops"]
 
