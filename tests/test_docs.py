@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import problems
 import pytest
+from flax import nnx
 from sam_examples.settings.config_file import parse
 
 import optax_sam
+from optax_sam.flax import nnx_value_and_update
 
 # What the tests execute: here, in test_readme.py and in test_recipes.py.
 TESTED = {
@@ -26,6 +28,8 @@ TESTED = {
     "docs/recipes.md": {
         "Hyperparameters that change",
         "By hand",
+        "Flax NNX's `nnx.Optimizer`",
+        "Flax linen's `TrainState`",
         "Freezing parts",
         "A batch that does not fit into memory",
         "float16 with a loss scale",
@@ -103,6 +107,37 @@ def test_hyperparameters_that_change():
         updates(plain, plain.init(problem.params)),
         rtol=1e-5,
         atol=1e-8,
+    )
+
+
+def test_nnx_optimizer_by_hand():
+    scope = {"nnx": nnx, "model": nnx.Linear(3, 1, rngs=nnx.Rngs(0))}
+    scope["mean_loss"] = lambda model: jnp.mean(model(jnp.eye(3)) ** 2)
+    tx = optax_sam.sam(optax.sgd(0.1), rho=0.05)
+    scope["optimizer"] = nnx.Optimizer(scope["model"], tx, wrt=nnx.Param)
+    exec(RECIPES["Flax NNX's `nnx.Optimizer`"], scope)
+    by_hand, model = scope["model"], nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx_value_and_update(lambda model, x: jnp.mean(model(x) ** 2))
+    step(model, optimizer, jnp.eye(3))
+    np.testing.assert_allclose(by_hand.kernel[...], model.kernel[...], rtol=1e-5)
+
+
+@pytest.mark.full
+def test_linen_train_state():
+    scope = {}
+    exec(README["Flax linen"], scope)
+    norm = nn.BatchNorm(use_running_average=False)
+    dropout = nn.Dropout(0.1, deterministic=False)
+    model = nn.Sequential([nn.Dense(32), norm, nn.relu, dropout, nn.Dense(10)])
+    key = jax.random.key(0)
+    variables = model.init({"params": key, "dropout": key}, scope["batch"]["x"])
+    scope |= {"model": model, "key": key, "variables": variables}
+    exec(RECIPES["Flax linen's `TrainState`"], scope)
+    assert scope["loss"] < 1.0  # From about log(10) = 2.3.
+    assert scope["state"].step == 100
+    problems.assert_trees_differ(
+        scope["state"].batch_stats, scope["variables"]["batch_stats"]
     )
 
 

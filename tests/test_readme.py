@@ -30,14 +30,9 @@ def test_nnx_quickstart_learns():
     scope = {}
     exec(NNX, scope)
     assert scope["loss"] < 1.0  # From about log(10) = 2.3.
-    from flax import nnx
-
-    trained = nnx.as_pure(nnx.state(scope["model"], nnx.Param))
-    problems.assert_trees_equal(trained, scope["params"])
-    paths = jax.tree.leaves_with_path(scope["rest"])
-    (mean,) = [x for path, x in paths if "mean" in jax.tree_util.keystr(path)]
-    assert mean.shape == (32,)
-    assert jnp.any(mean != 0)  # The clean passes moved it away from zero.
+    _, norm, _, dropout, _ = scope["model"].layers
+    assert jnp.any(norm.mean[...] != 0)  # The clean passes moved it away from zero.
+    assert dropout.rngs.count[...] == 100
 
 
 def test_composing():
