@@ -307,13 +307,10 @@ class _Call:
 def _check_optimizer(optimizer: Any) -> None:
     # ModelAndOptimizer, which Flax is to remove, has an update of its own.
     if not isinstance(optimizer, nnx.Optimizer) or "model" in vars(optimizer):
-        refuse(
-            _OWNER,
-            "the step is called as step(model, optimizer, *args), with an "
-            "nnx.Optimizer as optimizer",
-            optimizer,
-            "make it as nnx.Optimizer(model, tx, wrt=nnx.Param)",
-            TypeError,
+        raise TypeError(
+            f"{_OWNER}: the step is called as step(model, optimizer, *args) with an "
+            f"nnx.Optimizer, got {type(optimizer).__name__}; make it as "
+            "nnx.Optimizer(model, tx, wrt=nnx.Param)."
         )
 
 

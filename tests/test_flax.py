@@ -352,13 +352,20 @@ def stochastic_loss_fn(model, x):
     return prediction**2, noise
 
 
-def take_step(loss_fn=stochastic_loss_fn, tx=None, has_aux=True, model=None, **options):
-    """One step that is not compiled, on four examples; returns value and model."""
+def take_step(
+    loss_fn=stochastic_loss_fn,
+    tx=None,
+    has_aux=True,
+    model=None,
+    size=4,
+    **options,
+):
+    """One step that is not compiled, on equal examples; returns value and model."""
     model = model or Stochastic()
     tx = tx or optax_sam.sam(optax.sgd(0.1), 0.1)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     step = nnx_value_and_update(loss_fn, has_aux=has_aux, **options)
-    return step(model, optimizer, jnp.ones((4, 3))), model
+    return step(model, optimizer, jnp.ones((size, 3))), model
 
 
 # Between micro-batches draws may differ.
@@ -380,7 +387,22 @@ def test_draws_are_the_same_in_all_passes_and_advance_once(method):
         np.testing.assert_array_equal(draw, draws[0])
     assert model.rngs.default.count[...] == 1
     assert model.seen[...] == 4
-    np.testing.assert_array_equal(model.frozen[...], jnp.full(3, 0.1))
+
+
+def test_what_a_loss_does_not_assign_to_stays_as_it_is():
+    model = Stochastic()
+    before = model.frozen.get_raw_value(), model.rngs.default.key.get_raw_value()
+    # A mean over three micro-batches would round.
+    take_step(tx=optax_sam.m_sam(base(), 0.1, micro_batch_size=4), model=model, size=12)
+    assert model.frozen.get_raw_value() is before[0]
+    assert model.rngs.default.key.get_raw_value() is before[1]
+
+
+def test_an_optimizer_that_takes_no_extra_arguments():
+    _, model = take_step(tx=optax.scale(-1.0))
+    _, other = take_step(tx=optax.sgd(1.0))
+    np.testing.assert_array_equal(model.w[...], other.w[...])
+    assert np.all(model.w[...] != 1)
 
 
 def test_auxiliary_data_and_the_losses_of_the_ascent_and_of_scores():
@@ -489,8 +511,9 @@ def test_an_optimizer_of_something_else_is_refused():
         optimizer = nnx.Optimizer(other, tx, wrt=nnx.Param)
         with pytest.raises(TypeError, match=r"of other parameters.*new nnx\.Opt"):
             step(model, optimizer, jnp.ones((4, 3)))
-    with pytest.raises(TypeError, match=r"step\(model, optimizer, \*args\)"):
-        step(optimizer, model, jnp.ones((4, 3)))
+    for wrong in (model, nnx.ModelAndOptimizer(model, base())):
+        with pytest.raises(TypeError, match=r"step\(model, optimizer, \*args\)"):
+            step(model, wrong, jnp.ones((4, 3)))
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
