@@ -205,13 +205,13 @@ def sparsify_dynamically(
         masking.check(
             f"{owner}: state.mask", masking.present(state.mask, updates), updates
         )
-        masked = masking.apply(state.mask, updates)
 
         def new_mask() -> chex.ArrayTree:
             mask = masking.present(state.mask, updates)
             by_gradient = _ranks(updates)
             dropping = growing = by_gradient
             if drop_by == "weight":
+                masked = masking.apply(state.mask, updates)
                 dropping = _ranks(trees.map_present(jnp.add, masked, params))
             if grow_by == "random":
                 draws = key_at(seed, state.key, state.count)
@@ -221,8 +221,13 @@ def sparsify_dynamically(
             share = jnp.where(_any_nonzero(updates), share, 0)
             return _exchange(mask, share, dropping, growing)
 
+        def use_old(mask: chex.ArrayTree) -> tuple[optax.Updates, chex.ArrayTree]:
+            return masking.apply(state.mask, updates), mask
+
         due = state.count % refresh_every == 0
-        mask = masking.refresh_if(due, new_mask, state.mask, updates)
+        # The mask is used in the branch too. Else XLA may put the refresh off until the
+        # perturbed pass wants most of the memory, and keep the updates for it.
+        masked, mask = masking.refresh_if(due, new_mask, state.mask, updates, use_old)
         count = optax.safe_increment(state.count)
         since = jnp.where(due, count, state.since)
         return masked, SparsifyDynamicallyState(count, mask, since, state.key)
@@ -262,8 +267,10 @@ def _exchange(
     num_stay, num_grown = _counts(kept, free, share)
     # Entries of rank 0 are never selected.
     dropping = jax.tree.map(lambda m, r: jnp.where(m, r, 0), mask, dropping)
-    growing = jax.tree.map(lambda m, r: jnp.where(m, 0, r), mask, growing)
     stay = top_k.largest(dropping, num_stay)
+    # Only now are ranks for growing made: those for dropping are done with.
+    stay, mask = trees.opaque((stay, mask))
+    growing = jax.tree.map(lambda m, r: jnp.where(m, 0, r), mask, growing)
     return jax.tree.map(jnp.logical_or, stay, top_k.largest(growing, num_grown))
 
 

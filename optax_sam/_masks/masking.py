@@ -1,6 +1,7 @@
 """What the links of Sparse SAM do with masks of bools that they keep in their state."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -29,22 +30,24 @@ def refresh_if(
     make: Callable[[], chex.ArrayTree],
     mask: chex.ArrayTree,
     updates: optax.Updates,
-) -> chex.ArrayTree:
+    then: Callable[[chex.ArrayTree], Any] = lambda mask: mask,
+) -> Any:
     """A new mask where it is due; leaves absent from that stay as they are.
 
-    In `shard_map` it varies over devices if `updates` do.
+    In `shard_map` it varies over devices if `updates` do. What is made of the mask by
+    `then` is made in the same branch.
     """
 
-    def refresh() -> chex.ArrayTree:
+    def refresh() -> Any:
         mixed = jax.tree.map(
             lambda new, old: old if trees.is_absent(new) else new,
             make(),
             mask,
             is_leaf=trees.is_absent,
         )
-        return vary_like(mixed, updates)
+        return then(vary_like(mixed, updates))
 
-    return jax.lax.cond(due, refresh, lambda: vary_like(mask, updates))
+    return jax.lax.cond(due, refresh, lambda: then(vary_like(mask, updates)))
 
 
 def check(name: str, mask: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:

@@ -114,6 +114,15 @@ def test_refreshes_after_every_so_many_steps_and_the_first():
         state = after
 
 
+def test_the_perturbed_pass_waits_for_the_refresh():
+    """Else compilers may put it off to where most of the memory is in use."""
+    link = make()
+    jaxpr = jax.make_jaxpr(link.update)(gradient(0), link.init(PARAMS)).jaxpr
+    (refresh,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    masked = jaxpr.outvars[: len(SIZES)]
+    assert set(masked) <= set(refresh.outvars)
+
+
 def test_updates_of_zero_tell_nothing():
     link = make()
     state = link.init(PARAMS)
