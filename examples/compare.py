@@ -38,7 +38,8 @@ class Options(NoisyDigits):
     A small ResNet learns scikit-learn's digits, some of whose training labels are
     wrong, with every method and several seeds. Prints the test accuracy after the last
     epoch, mean and standard deviation over seeds, and the time of a step; writes all
-    figures to results.json and a plot to accuracy.png.
+    figures to results.json and a plot to accuracy.png. Methods are shown with the
+    hyperparameters that were changed; results.json has the others as well.
     """
 
     methods: Annotated[
@@ -147,14 +148,18 @@ def compare(
     return contestants
 
 
-def _label(name: str, value: Any) -> str:
-    return f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+def label(method: str, values: Mapping[str, Any]) -> str:
+    """The name of a method, with those of its hyperparameters that are not defaults."""
+    defaults = hyperparameters([method])[method]
+    changed = (f"{name}={x}" for name, x in values.items() if x != defaults[name])
+    return " ".join([method, *changed])
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the comparison that the command line asks for."""
     options = tyro.cli(Options, args=args)
     with one_line_errors():
+        require(len(options.methods) > 0, "--methods must be given", "none")
         chosen = hyperparameters(options.methods, options.hyperparameters)
         datasets, num_steps, base = prepare(options)
         check_batch(chosen, options.batch_size)
@@ -172,10 +177,7 @@ def main(args: Sequence[str] | None = None) -> None:
         f"Digits, {100 * options.noise:g} % wrong labels, "
         f"{options.seeds} seed{'s' if options.seeds > 1 else ''}{spread}"
     )
-    labels = {
-        method: " ".join([method, *(_label(*pair) for pair in values.items())])
-        for method, values in chosen.items()
-    }
+    labels = {method: label(method, values) for method, values in chosen.items()}
     print_table({labels[method]: row for method, row in summary.items()}, title)
     plot_test_accuracy(
         {labels[method]: seeds for method, seeds in curves.items()},

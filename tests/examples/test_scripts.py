@@ -7,9 +7,11 @@ import pytest
 import train
 from data_files import PER_FILE, write_binaries, write_pickles
 from example_support import TINY, check_refusal, results
+from matplotlib.figure import Figure
+from sam_examples.reporting.figures import plot_test_accuracy
 from sam_examples.reporting.tables import Curves, summarize
 from sam_examples.settings import config
-from sam_examples.settings.methods import METHODS
+from sam_examples.settings.methods import METHODS, hyperparameters
 
 
 def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
@@ -28,9 +30,9 @@ def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
     assert figures["settings"]["noise"] == 0.2
     assert figures["versions"].keys() >= {"jax", "flax", "optax", "optax_sam"}
     assert list(figures["methods"]) == ["sgd", "sam"]
-    for method, hyperparameters in (("sgd", {}), ("sam", {"rho": 0.3})):
+    for method, changed in (("sgd", {}), ("sam", {"rho": 0.3})):
         of_method = figures["methods"][method]
-        assert of_method["hyperparameters"] == hyperparameters
+        assert of_method["hyperparameters"] == changed
         assert len(of_method["seeds"]) == 2
         for curves in of_method["seeds"]:
             assert {len(curve) for curve in curves.values()} == {3}
@@ -97,6 +99,45 @@ def test_times_are_medians_of_ratios_within_epochs():
     assert "step_time_over_sgd" not in summarize(curves)["sam"]
 
 
+def test_labels_are_what_is_not_the_default():
+    changes = ["rho=0.3", "normalize=True", "refresh_every=16"]
+    labels = {
+        method: compare.label(method, values)
+        for method, values in hyperparameters(
+            ["sgd", "sam", "rw_sam", "m_sam+asam", "sparse_sam"], changes
+        ).items()
+    }
+    assert labels == {
+        "sgd": "sgd",
+        "sam": "sam rho=0.3",
+        "rw_sam": "rw_sam rho=0.3 normalize=True",
+        "m_sam+asam": "m_sam+asam rho=0.3",
+        "sparse_sam": "sparse_sam rho=0.3",
+    }
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_a_legend_takes_nothing_from_the_axes(tmp_path, monkeypatch, count):
+    def check(figure, path, dpi):
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        width, height = axes.get_position().size * figure.get_size_inches()
+        assert 6 < width < 7
+        assert 3.4 < height < 4
+        for text in legend.get_texts():
+            corners = figure.transFigure.inverted().transform(text.get_window_extent())
+            assert np.all((corners >= 0) & (corners <= 1))
+        drawn.append(path)
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", check)
+    changes = " sparsity=0.75 refresh_every=4 num_examples=64 fisher_estimator=probes"
+    curves = [Curves(test_accuracy=[0.3, 0.5])]
+    names = {f"vasso+sparse_sam rho=0.{i}{changes}": curves for i in range(count)}
+    plot_test_accuracy(names, "Digits", tmp_path)
+    assert drawn
+
+
 def test_train_reports_the_last_epoch(tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--method", "vasso", "--epochs", "3", "--hyperparameters", "theta=0.9"]
@@ -156,6 +197,7 @@ def test_help_names_the_options(capsys):
 
 
 BAD_OPTIONS = {
+    "methods": (["--methods"], "--methods must be given, got none"),
     "method": (["--methods", "adam"], "unknown method 'adam'; choose from"),
     "epochs": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
     "seeds": (["--seeds", "0"], "--seeds must be at least 1"),

@@ -114,7 +114,7 @@ def test_what_a_run_writes_of_its_settings_is_read_back(tmp_path):
         ("c.json", "[]", "is no JSON or TOML file of settings by name"),
         ("c.json", "{", "is no JSON or TOML file"),
         ("c.toml", "epochs 3", "is no JSON or TOML file"),
-        (None, "", "No such file"),
+        (None, "", "absent.json cannot be read (No such file or directory); give --c"),
     ],
 )
 def test_files_that_hold_no_settings_are_refused(tmp_path, capsys, name, text, message):

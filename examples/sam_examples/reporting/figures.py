@@ -1,5 +1,6 @@
 """The figures of the examples, as PNG files."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def plot_test_accuracy(
     curves: Mapping[str, Sequence[Curves]], title: str, path: Path
 ) -> None:
-    """Plots the test accuracy over epochs: mean over seeds, and a deviation around."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    """Plots the test accuracy over epochs: mean over seeds, and a deviation around.
+
+    The legend is below and lengthens the page, so that however many methods there are,
+    and however long their names, the axes keep their size.
+    """
+    lines = [line for method in curves for line in _in_legend(method).splitlines()]
+    figure = Figure(figsize=(7, 4.6 + 0.2 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for index, (method, seeds) in enumerate(curves.items()):
         accuracy = 100 * np.array([seed.test_accuracy for seed in seeds])
@@ -39,7 +45,7 @@ def plot_test_accuracy(
             markersize=5,
             markevery=[-1],
             clip_on=False,
-            label=f"{mean[-1]:.1f} %  {method}",
+            label=f"{mean[-1]:.1f} %  {_in_legend(method)}",
         )
         if len(seeds) > 1:
             spread = accuracy.std(axis=0, ddof=1)
@@ -57,7 +63,14 @@ def plot_test_accuracy(
     axes.set_xlim(1, max(2, len(epochs)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _tidy(axes)
-    axes.legend(title="last epoch", frameon=False, alignment="left", handlelength=4)
+    figure.legend(
+        title="last epoch",
+        loc="outside lower left",
+        frameon=False,
+        alignment="left",
+        handlelength=4,
+        fontsize=9,
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -265,6 +278,11 @@ def plot_weights(
     _tidy(above)
     _tidy(below)
     figure.savefig(path, dpi=150)
+
+
+def _in_legend(name: str) -> str:
+    """A name in lines that a page of 7 inches is wide enough for."""
+    return textwrap.fill(name, 72, subsequent_indent=" " * 12)
 
 
 def _tidy(axes: Axes) -> None:

@@ -22,8 +22,7 @@ def parse(args: Sequence[str]) -> Config:
     """The configuration that a command line asks for.
 
     Raises:
-      OSError: if a file of settings cannot be read.
-      ValueError: if it is none, or an unknown setting is in it.
+      ValueError: if a file of settings cannot be read, is none, or has an unknown one.
     """
     first = _Names.parse(args)
     given: dict[str, Any] = {}
@@ -82,12 +81,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a JSON or TOML file, by name.
 
     Raises:
-      OSError: if it cannot be read.
-      ValueError: if it is neither, or has something else in it.
+      ValueError: if it cannot be read, is neither, or has something else in it.
     """
     read: Any = tomllib.loads if path.suffix == ".toml" else json.loads
     try:
         content = read(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"the settings in {path} cannot be read ({error.strerror}); give --config "
+            "a JSON or TOML file, such as the config.json of a run."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON or TOML file ({error}).") from error
     fields = [field.name for field in dataclasses.fields(Config)]
