@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,37 @@ def find_progress(
       ValueError: if there are checkpoints and no --resume, or --resume cannot.
     """
     if resume:
-        return checkpoints.latest(settings)
+        return checkpoints.latest(settings, may_grow=("epochs",))
     if checkpoints.steps():
         raise ValueError(
             f"{checkpoints.directory} has checkpoints of an earlier run; give --resume "
             "to go on from the last one, or another --out."
         )
     return None
+
+
+def describe_extension(
+    progress: Progress, config: Config, chosen: Mapping[str, Any], steps_per_epoch: int
+) -> str:
+    """What more epochs than a checkpoint was made for change, in a line.
+
+    Args:
+      progress: that of the checkpoint.
+      config: what is asked for now.
+      chosen: the method's hyperparameters.
+      steps_per_epoch: for schedules.
+    """
+    before, now = progress.settings["epochs"], config.epochs
+
+    def rate(epochs: int) -> str:
+        optimizer = Optimizer(replace(config, epochs=epochs), chosen, steps_per_epoch)
+        return f"{float(optimizer.learning_rate(progress.steps)):.3g}"
+
+    return (
+        f"{now} epochs in place of {before}: from step {progress.steps:,} on schedules "
+        f"are those of {now}, with a learning rate of {rate(now)} where that of "
+        f"{before} was {rate(before)}"
+    )
 
 
 def train(
@@ -67,8 +92,12 @@ def train(
                 epoch = f"epoch {run.epoch + 1} of {config.epochs}"
                 bar.set_description(epoch if run.compiled else f"{epoch}, compiling")
                 run.advance(bar, writer)
+                bar.set_description(epoch)
                 if run.at_end_of_epoch:
                     run.collect(bar, writer)
+                    if not run.evaluation_compiled:
+                        bar.set_description(f"{epoch}, compiling")
+                        run.compile_evaluation()
                     bar.set_description(f"{epoch}, evaluating")
                     run.end_epoch()
                     writer.write_epoch(run.curves)
@@ -145,6 +174,8 @@ def _main(args: Sequence[str] | None) -> None:
         run = Run(config, dataset, model, optimizer, devices)
         if progress is not None:
             run.resume(checkpoints, progress)
+            if progress.settings["epochs"] < config.epochs:
+                print(describe_extension(progress, config, chosen, steps))
     write_json(directory / "config.json", as_json(config))
     save = partial(run.save, checkpoints, settings)
     with (

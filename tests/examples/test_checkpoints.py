@@ -131,6 +131,42 @@ def test_resuming_a_finished_run_reports_again(finished, interrupted, capsys):
 
 
 @pytest.mark.full
+def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path, capsys):
+    steady = ["--schedule", "constant"]
+    run("sgd", tmp_path, *steady, "--epochs", "2")
+    run("sgd", tmp_path, "--epochs", "4", "--resume")
+    message = (
+        "4 epochs in place of 2: from step 32 on schedules are those of 4, with a "
+        "learning rate of 0.1 where that of 2 was 0.1\n"
+    )
+    assert message in capsys.readouterr().out
+    assert_same_end(tmp_path, finished("sgd", *steady))
+
+
+@pytest.mark.full
+def test_more_epochs_have_the_schedules_of_all_of_them(interrupted, capsys):
+    out = interrupted(EPOCHS)
+    run("sgd", out, "--epochs", "6", "--resume")
+    message = "with a learning rate of 0.025 where that of 4 was 0\n"
+    assert message in capsys.readouterr().out
+    rates = results(out)["epochs"]["learning_rate"]
+    step = np.array([EPOCHS * STEPS - 1, 5 * STEPS - 1])
+    ends = np.array([EPOCHS, 6]) * STEPS
+    cosine = 0.05 * (1 + np.cos(np.pi * step / ends))
+    np.testing.assert_allclose(rates[EPOCHS - 1 : EPOCHS + 1], cosine, rtol=1e-5)
+    assert results(out)["settings"]["epochs"] == 6
+
+
+def test_what_may_grow_may_not_shrink(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(np.ones(1), Progress(1, {"epochs": 4}, {}, [], [], {}))
+    assert checkpoints.latest({"epochs": 5}, may_grow=["epochs"]).steps == 1
+    for asked, may_grow in (({"epochs": 3}, ["epochs"]), ({"epochs": 5}, [])):
+        with pytest.raises(ValueError, match=r"epochs is 4 there and \d here"):
+            checkpoints.latest(asked, may_grow)
+
+
+@pytest.mark.full
 def test_checkpoints_come_every_few_epochs_and_last_and_some_stay(tmp_path):
     sizes = ["--checkpoint-every", "2", "--keep", "2"]
     run("sgd", tmp_path, "--epochs", "7", *sizes)
@@ -276,7 +312,7 @@ def test_a_state_of_another_structure_is_refused(interrupted, capsys, method, ch
             "here; give those, or another --out.",
         ),
         (["--method", "sgd"], "method is vasso there and sgd here; rho is 0.5 there"),
-        (["--epochs", "9"], "epochs is 4 there and 9 here"),
+        (["--epochs", "3"], "epochs is 4 there and 3 here"),
         (["--noise-seed", "1"], "seed is 0 there and 1 here; checksum of the data is "),
         (["--batch-size", "32"], "batch_size is 64 there and 32 here"),
         (["--stages", "1", "1"], "stages is [1] there and [1, 1] here"),

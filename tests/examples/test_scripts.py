@@ -12,6 +12,7 @@ from sam_examples.reporting.figures import plot_test_accuracy
 from sam_examples.reporting.tables import Curves, summarize
 from sam_examples.settings import config
 from sam_examples.settings.methods import METHODS, hyperparameters
+from sam_examples.training import trainer
 
 
 def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
@@ -138,7 +139,38 @@ def test_a_legend_takes_nothing_from_the_axes(tmp_path, monkeypatch, count):
     assert drawn
 
 
-def test_train_reports_the_last_epoch(tmp_path, capsys):
+@pytest.fixture
+def traced(monkeypatch):
+    """What the bar says while something is traced, by what makes it."""
+
+    class Bar(train.tqdm):
+        def set_description(self, description=None, refresh=True):
+            said.append(description)
+            super().set_description(description, refresh)
+
+    def spy(owner, name):
+        make = getattr(owner, name)
+
+        def make_noted(*args, **kwargs):
+            made = make(*args, **kwargs)
+
+            def noted(*args):
+                while_traced.setdefault(name, []).append(said[-1])
+                return made(*args)
+
+            return noted
+
+        monkeypatch.setattr(owner, name, make_noted)
+
+    said, while_traced = [], {}
+    monkeypatch.setattr(train, "tqdm", Bar)
+    spy(trainer, "make_step")
+    spy(trainer, "make_evaluate_batch")
+    spy(trainer.diagnostics, "ascent_metrics")
+    return while_traced
+
+
+def test_train_reports_the_last_epoch(tmp_path, capsys, traced):
     out = tmp_path / "run"
     options = ["--method", "vasso", "--epochs", "3", "--hyperparameters", "theta=0.9"]
     train.main([*TINY, *options, "--out", str(out)])
@@ -152,6 +184,10 @@ def test_train_reports_the_last_epoch(tmp_path, capsys):
     assert output.count("\n") == 1
     assert f"test accuracy {100 * figures['test_accuracy']:.2f} %" in output
     assert "epoch 3 of 3" in progress
+    assert "epoch 3 of 3, evaluating" in progress
+    assert len(traced) == 3
+    for descriptions in traced.values():
+        assert set(descriptions) == {"epoch 1 of 3, compiling"}
     assert "loss=" in progress
     assert "accuracy=" in progress
 

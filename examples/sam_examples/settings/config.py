@@ -104,7 +104,8 @@ class Config(TrainingOptions, DataOptions):
     keep: int = 3
     """How many checkpoints stay."""
     resume: bool = False
-    """Goes on from the last checkpoint in --out, and begins if there is none."""
+    """Goes on from the last checkpoint in --out, and begins if there is none. With more
+    --epochs than before schedules are from there on those of so many."""
     measure_every: Annotated[int, tyro.conf.arg(metavar="EPOCHS")] = 1
     """Epochs from a measurement of the ascent to the next; 0 for none."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,14 @@ class Checkpoints:
         with self._manager(cleanup_tmp_directories=True) as manager:
             manager.save(progress.steps, args=items, force=True)
 
-    def latest(self, settings: Mapping[str, Any]) -> Progress | None:
+    def latest(
+        self, settings: Mapping[str, Any], may_grow: Collection[str] = ()
+    ) -> Progress | None:
         """The progress of the latest checkpoint, None where there is none.
+
+        Args:
+          settings: what the training depends on, by name.
+          may_grow: names of settings that may be more than those of the checkpoint.
 
         Raises:
           ValueError: if it cannot be read, or is of other settings.
@@ -86,7 +92,7 @@ class Checkpoints:
             progress = Progress(**read["progress"])
             if progress.steps != steps[-1]:
                 raise ValueError(f"it was written after step {progress.steps}")
-        _check_settings(path, progress.settings, settings)
+        _check_settings(path, progress.settings, settings, may_grow)
         return progress
 
     def restore(self, progress: Progress, like: Any) -> Any:
@@ -173,13 +179,17 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_settings(
-    path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]
+    path: Path,
+    saved: Mapping[str, Any],
+    given: Mapping[str, Any],
+    may_grow: Collection[str],
 ) -> None:
     differences = [
         f"{name} is {saved.get(name, 'absent')} there and "
         f"{given.get(name, 'absent')} here"
         for name in {**saved, **given}
         if saved.get(name) != given.get(name)
+        and not (name in may_grow and saved[name] < given[name])
     ]
     if differences:
         raise ValueError(

@@ -48,6 +48,7 @@ class Run:
         function but those that compiled it.
       num_steps: steps of the whole training.
       compiled: whether a step was made, and so compiled.
+      evaluation_compiled: whether what an epoch ends with is.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Run:
         self._calls: list[list[float]] = []
         self._pending: tuple[Metrics, int, int] | None = None
         self._clock: float | None = None
-        self.compiled = False
+        self.compiled, self.evaluation_compiled = False, False
         self.curves: dict[str, list[float | None]] = defaultdict(list)
         self.step_seconds: list[float] = []
 
@@ -139,6 +140,19 @@ class Run:
         """How many images are trained on; the median over calls."""
         return self._config.batch_size / float(np.median(self.step_seconds))
 
+    def compile_evaluation(self) -> None:
+        """Compiles what `end_epoch` calls, by calling it for a single image."""
+        if len(self._dataset.valid.labels):
+            self.trainer.evaluate(self._dataset.valid.take(np.arange(1)))
+        if self._measures:
+            self.trainer.measure()
+        self.evaluation_compiled = True
+
+    @property
+    def _measures(self) -> bool:
+        every = self._config.measure_every
+        return every > 0 and self._optimizer.ascent is not None
+
     def end_epoch(self) -> None:
         """Evaluates, measures the ascent if it is time to, and adds to the curves."""
         loss, accuracy = np.mean(self._calls, axis=0).tolist()
@@ -153,8 +167,8 @@ class Run:
             "valid_loss": valid_loss,
             "valid_accuracy": valid_accuracy,
         }
-        every = self._config.measure_every
-        if every and self._optimizer.ascent is not None:
+        if self._measures:
+            every = self._config.measure_every
             due = self.epoch % every == 0 or self.steps == self.num_steps
             names = diagnostics.AscentMetrics._fields
             row |= self.trainer.measure() if due else dict.fromkeys(names)
