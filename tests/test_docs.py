@@ -2,6 +2,7 @@
 
 import os.path
 
+import chex
 import documents
 import flax.linen as nn
 import jax
@@ -28,6 +29,10 @@ TESTED = {
     "docs/recipes.md": {
         "Hyperparameters that change",
         "By hand",
+        "Coming from `optax.contrib.sam`",
+        "From an SGD run to SAM",
+        "Schedule-free optimizers",
+        "Equinox",
         "Flax NNX's `nnx.Optimizer`",
         "Flax linen's `TrainState`",
         "Freezing parts",
@@ -101,12 +106,133 @@ def test_hyperparameters_that_change():
         step = jax.jit(optax_sam.value_and_update(problem.loss_fn, tx))
         return step(problem.params, opt_state, problem.batch)[1]
 
-    plain = optax_sam.sam(optax.sgd(0.1), rho=0.1)
+    plain = optax_sam.m_sam(optax.sgd(0.1), 0.1, 4)
     problems.assert_trees_close(
         updates(scope["tx"], scope["opt_state"]),
         updates(plain, plain.init(problem.params)),
         rtol=1e-5,
         atol=1e-8,
+    )
+
+
+def coming_from_contrib(problem):
+    scope = {"chex": chex, "jax": jax, "optax": optax, "optax_sam": optax_sam}
+    scope |= {"params": problem.params, "mean_loss": problems.mean_loss(problem)}
+    exec(RECIPES["Coming from `optax.contrib.sam`"], scope)  # It compares.
+    return scope
+
+
+def test_coming_from_contrib():
+    coming_from_contrib(problems.perceptron())
+
+
+@pytest.mark.full
+def test_other_arguments_of_contrib():
+    problem = problems.perceptron()
+    scope = coming_from_contrib(problem)
+    # Of two calls without `opaque_mode` the first is the ascent of a step.
+    visible = optax.contrib.sam(optax.adam(1e-2), scope["adversary"])
+    problems.assert_trees_close(
+        visible_training(visible, problem, 10),
+        scope["train"](scope["tx"], problem.params),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    # Another adversary, which keeps a moving average: the sign and the state.
+    contrib = optax.contrib.sam(
+        optax.adam(1e-2),
+        optax.sgd(0.05, momentum=0.9),
+        reset_state=False,
+        opaque_mode=True,
+    )
+    ascent = optax.chain(optax.trace(0.9), optax.scale(0.05))
+    tx = optax_sam.sharpness_aware(optax.adam(1e-2), ascent)
+    problems.assert_trees_close(
+        scope["train"](contrib, problem.params),
+        scope["train"](tx, problem.params),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+def visible_training(tx, problem, calls):
+    state = tx.init(problem.params)
+    for _ in range(calls):
+        updates, state = tx.update(problems.gradient(problem), state, problem.params)
+        params = optax.apply_updates(problem.params, updates)
+        problem = problem._replace(params=params)
+    return params
+
+
+def sam_by_hand(base, base_state, problem, rho, steps):
+    """Parameters and the base's state after some steps, without the library."""
+    for _ in range(steps):
+        params, grads = problem.params, problems.gradient(problem)
+        scale = rho / problems.norm(grads)
+        displaced = jax.tree.map(lambda w, g, s=scale: w + s * g, params, grads)
+        grads = problems.gradient(problem._replace(params=displaced))
+        updates, base_state = base.update(grads, base_state, params)
+        problem = problem._replace(params=optax.apply_updates(params, updates))
+    return problem.params, base_state
+
+
+def test_from_sgd_to_sam():
+    problem = problems.perceptron()
+    rate = optax.linear_schedule(0.1, 0.0, 8)
+    sgd = optax.sgd(rate, momentum=0.9)
+    params, base_state = problems.train(sgd, problem, 4)
+    problem = problem._replace(params=params)
+    scope = {"optax": optax, "optax_sam": optax_sam}
+    scope |= {"params": params, "base_state": base_state}
+    scope |= {"rate": rate}
+    exec(RECIPES["From an SGD run to SAM"].replace("sgd(0.1", "sgd(rate"), scope)
+    run = problems.training(scope["tx"], problem, 3)
+    params, opt_state = run(params, scope["opt_state"])
+    problems.assert_trees_close(
+        (params, opt_state.base_state),
+        sam_by_hand(sgd, base_state, problem, 0.05, 3),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+    # The way back.
+    problems.training(sgd, problem, 1)(params, opt_state.base_state)
+
+
+def test_schedule_free():
+    problem = problems.perceptron()
+    scope = {"optax": optax, "optax_sam": optax_sam}
+    exec(RECIPES["Schedule-free optimizers"], scope)
+    params, opt_state = problems.train(scope["tx"], problem, 5)
+    evaluated = scope["evaluated_params"](opt_state, params)
+    base = optax.contrib.schedule_free_adamw(1e-2)
+    by_hand, state = sam_by_hand(base, base.init(problem.params), problem, 0.05, 5)
+    problems.assert_trees_close(
+        evaluated,
+        optax.contrib.schedule_free_eval_params(state, by_hand),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    problems.assert_trees_differ(evaluated, params)
+
+
+def test_equinox():
+    eqx = pytest.importorskip("equinox")
+    scope = {}
+    exec(README["Flax linen"].partition("params =")[0], scope)
+    model = eqx.nn.MLP(8, 10, 32, 1, key=jax.random.key(1))
+    scope["model"] = model
+    exec(RECIPES["Equinox"], scope)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    problem = problems.Problem(params, scope["loss_fn"], scope["batch"])
+    base = optax.sgd(0.1, momentum=0.9)
+    params, _ = sam_by_hand(base, base.init(params), problem, 0.05, 10)
+    trained, by_hand = scope["model"], eqx.combine(params, static)
+    assert trained.activation is model.activation
+    problems.assert_trees_close(
+        eqx.filter(trained, eqx.is_array),
+        eqx.filter(by_hand, eqx.is_array),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
