@@ -9,7 +9,7 @@ from data_files import PER_FILE, write_binaries, write_pickles
 from example_support import TINY, check_refusal, results
 from matplotlib.figure import Figure
 from sam_examples.reporting.figures import plot_test_accuracy
-from sam_examples.reporting.tables import Curves, summarize
+from sam_examples.reporting.tables import Curves, print_table, summarize
 from sam_examples.settings import config
 from sam_examples.settings.methods import METHODS, hyperparameters
 from sam_examples.training import trainer
@@ -115,6 +115,18 @@ def test_labels_are_what_is_not_the_default():
         "m_sam+asam": "m_sam+asam rho=0.3",
         "sparse_sam": "sparse_sam rho=0.3",
     }
+
+
+def test_a_table_of_eighty_columns_has_all_of_a_label(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    curves = {
+        "sgd": [Curves(*[[0.5]] * 5)] * 2,
+        "m_sam rho=0.3 micro_batch_size=8": [Curves(*[[0.5]] * 5)] * 2,
+    }
+    print_table(summarize(curves), "Digits")
+    lines = capsys.readouterr().out.splitlines()
+    names = "".join(line.split("│")[1].strip() for line in lines if "│" in line)
+    assert "rho=0.3micro_batch_size=8" in names
 
 
 @pytest.mark.parametrize("count", [3, 12])

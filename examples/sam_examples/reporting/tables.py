@@ -59,7 +59,7 @@ def _mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 def print_table(summary: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Prints final test accuracy and step time of each method."""
     table = Table(title=title, title_justify="left")
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     columns = ["test accuracy (%)", "validation (%)", "step (ms)"]
     ratio_key = f"step_time_over_{BASELINE}"
     if any(ratio_key in figures for figures in summary.values()):
