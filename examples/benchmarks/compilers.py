@@ -118,6 +118,7 @@ COLUMNS: Mapping[str, str] = {
     "bytes / hand": ".3f",
     "temp / params": ".2f",
     "temp - hand": "+.2f",
+    "peak / params": ".2f",
     "state / params": ".2f",
     "fusions": ".0f",
     "convs": ".0f",
@@ -143,6 +144,7 @@ def compare(
     params = row["param_bytes"]
     shown = {
         "temp / params": row["temp_bytes"] / params,
+        "peak / params": row["peak_bytes"] / params,
         "state / params": row["state_bytes"] / params,
         "fusions": row["fusions"],
         "convs": row["convolutions"],

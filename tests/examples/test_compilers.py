@@ -275,7 +275,7 @@ def test_reads_what_compilers_for_tpus_and_gpus_write():
         as_text=lambda: PROGRAM,
         cost_analysis=lambda: None,
         memory_analysis=lambda: types.SimpleNamespace(
-            temp_size_in_bytes=5, argument_size_in_bytes=6
+            temp_size_in_bytes=5, argument_size_in_bytes=6, peak_memory_in_bytes=7
         ),
     )
     figures = topologies.figures(compiled)
@@ -284,7 +284,7 @@ def test_reads_what_compilers_for_tpus_and_gpus_write():
     assert figures["all-gather_bytes"] == 3 * 8 * 4
     assert figures["all-reduce_bytes"] == 3 * 4 * 4
     assert figures["collectives"] == 6
-    assert figures["temp_bytes"] == 5
+    assert (figures["temp_bytes"], figures["peak_bytes"]) == (5, 7)
     assert "flops" not in figures
     looped = collectives.traffic(compiled)
     assert looped.always.total() == figures["sent_bytes"]

@@ -172,6 +172,7 @@ def figures(compiled: Any) -> dict[str, float]:
     return {
         **{name: cost[key] for name, key in counted.items() if key in cost},
         "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "fusions": _count(text, _FUSION, within_fusions=False),
         "convolutions": _count(text, _CONVOLUTION, within_fusions=True),
