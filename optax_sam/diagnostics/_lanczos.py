@@ -141,9 +141,9 @@ def _new_direction(i: jax.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda q: q[0], basis))
 
     def draw(number: int, like: jax.Array) -> jax.Array:
-        words = jnp.stack([i.astype(jnp.uint32), jnp.uint32(number)])
-        signed = random.bits(words, like.shape).astype(like.dtype) / 2.0**31 - 1
-        return place(signed, like)
+        pair = jnp.stack([i.astype(jnp.uint32), jnp.uint32(number)])
+        bits = random.bits(random.with_origin(pair), like.shape)
+        return place(bits.astype(like.dtype) / 2.0**31 - 1, like)
 
     drawn = [draw(number, x) for number, x in enumerate(leaves)]
     start = _vector.unit(jax.tree.unflatten(structure, drawn))
