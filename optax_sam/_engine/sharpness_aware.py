@@ -203,10 +203,7 @@ def sharpness_aware(
             epsilon, ascent_state, finite = ascend_along(
                 group.gradient, group.params, group.arguments, *advances
             )
-            # One pass after the other: XLA for TPUs else begins to read parameters for
-            # the second before the ascent is done, and reads more for it.
-            params, _ = trees.opaque((group.params, finite))
-            gradient = group.gradient_at(trees.displace(params, epsilon))
+            gradient = group.gradient_at(trees.displace(group.params, epsilon))
             return Passes(group.gradient, gradient, ascent_state, finite, group.found)
 
         if sync_ascent and examples.are_one_group(size):
