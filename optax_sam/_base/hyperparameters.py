@@ -24,8 +24,9 @@ def as_schedule(
 ) -> Callable[[chex.Numeric], jax.Array]:
     """Makes a function of the count of steps out of a scalar hyperparameter.
 
-    Refuses what can be seen to be wrong. Values of schedules and traced values are let
-    through: they are not known yet.
+    Refuses what can be seen to be wrong. Values of schedules and traced values, which
+    are not known yet, are held to the interval: `low` stands for NaN, and for infinity
+    where there is no other upper bound.
 
     Args:
       owner: The function the hyperparameter belongs to, for the message.
@@ -46,6 +47,8 @@ def as_schedule(
         or_schedule = " or a schedule"
         value = check_number(owner, name, value, low=low, high=high, other=or_schedule)
         constant = value if isinstance(value, _ARRAYS) else float(value)
+        if isinstance(value, jax.core.Tracer):
+            constant = _held(value, low, high)
         return lambda count: jnp.asarray(constant)
 
     def checked(count: chex.Numeric) -> jax.Array:
@@ -54,9 +57,15 @@ def as_schedule(
             what = f"the schedule {name} must return a scalar"
             remedy = f"pass a function from the count of steps to {name}"
             refuse(owner, what, found, remedy)
-        return jnp.asarray(found)
+        return _held(jnp.asarray(found), low, high)
 
     return checked
+
+
+def _held(value: jax.Array, low: float, high: float) -> jax.Array:
+    """The value held to an interval of finite numbers."""
+    held = jnp.clip(value, low, high)
+    return jnp.where(jnp.isfinite(held), held, low)
 
 
 def check_number(
@@ -109,7 +118,7 @@ def check_integer(
     if not is_integer or (static and isinstance(value, jax.Array)):
         refuse(owner, f"{name} must be {at_least}", value, _STATIC, TypeError)
     if isinstance(value, jax.core.Tracer):
-        return value
+        return value if low is None else jnp.maximum(value, low)
     if low is not None and value < low:
         _refuse_size(owner, name, value, f"pass {at_least}")
     return int(value)

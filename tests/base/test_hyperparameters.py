@@ -45,9 +45,33 @@ def test_lets_scalars_and_schedules_through(value):
     as_schedule("method", "theta", value, high=1.0)
 
 
-def test_lets_traced_values_through():
-    out = jax.jit(lambda x: as_schedule("method", "theta", x, high=1.0)(0))(5.0)
-    assert out == 5.0
+@pytest.mark.parametrize(
+    ("value", "low", "high", "held"),
+    [
+        (0.5, 0.0, 1.0, 0.5),
+        (5.0, 0.0, 1.0, 1.0),
+        (np.inf, 0.0, 1.0, 1.0),
+        (5.0, 0.0, np.inf, 5.0),
+        (5, 0.0, np.inf, 5.0),
+        (np.inf, 0.0, np.inf, 0.0),
+        (np.nan, 0.0, np.inf, 0.0),
+        (-0.1, 0.0, np.inf, 0.0),
+        (-np.inf, 1e-37, np.inf, 1e-37),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_holds_what_is_not_known_yet_to_the_interval(value, low, high, held, dtype):
+    value = jnp.asarray(value, None if isinstance(value, int) else dtype)
+
+    def at_step(x, count):
+        return as_schedule("method", "rho", x, low=low, high=high)(count)
+
+    schedule = at_step(lambda count: value, 3)
+    traced = jax.jit(at_step)(value, 3)
+    for found in (schedule, traced):
+        expected = np.float32(held) if isinstance(value, int) else jnp.asarray(held)
+        np.testing.assert_array_equal(found, expected.astype(found.dtype))
+        assert found.dtype == value.dtype or value.dtype == jnp.int32
 
 
 def test_upper_bound():
@@ -82,7 +106,7 @@ def test_what_is_no_integer(value):
 def test_integers_out_of_range_and_traced():
     with pytest.raises(ValueError, match=r"^method: count = 0 is out of range.* >= 1"):
         check_integer("method", "count", 0, low=1)
-    assert jax.jit(lambda n: check_integer("m", "n", n, low=1) + 1)(-5) == -4
+    assert jax.jit(lambda n: check_integer("m", "n", n, low=1) + 1)(-5) == 2
 
 
 def test_choices():

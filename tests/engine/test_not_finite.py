@@ -151,3 +151,40 @@ def test_zero_gradient_takes_the_step_of_the_base():
     _, updates, state = step(params, tx.init(params))
     np.testing.assert_array_equal(updates, jnp.zeros(3))
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+BAD = jnp.array([np.nan, -1.0, np.inf, -np.inf])
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "hyperparameters"),
+    [
+        (optax_sam.sam, "rho", {}),
+        (optax_sam.asam, "rho", {}),
+        (optax_sam.asam, "eta", {"rho": 0.1}),
+        (optax_sam.vasso, "theta", {"rho": 0.1}),
+    ],
+)
+def test_hyperparameters_out_of_range_leave_parameters_finite(
+    alias, name, hyperparameters
+):
+    """Those of a schedule; by NaN, a radius below zero and an infinite one is zero."""
+    problem = problems.quadratic()
+    base = optax.sgd(0.1)
+    tx = alias(base, **hyperparameters, **{name: lambda count: BAD[count]})
+    params, state = problems.train(tx, problem, len(BAD))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+    if name == "rho":
+        expected, _ = problems.train(base, problem, len(BAD))
+        problems.assert_trees_equal(params, expected)
+
+
+def test_injected_hyperparameters_out_of_range_are_held():
+    tx = optax.inject_hyperparams(optax_sam.sam)(optax.sgd(0.1), rho=0.1)
+    params = np.ones(2, np.float32)
+    state = tx.init(params)
+    step = jax.jit(functools.partial(tx.update, grad_fn=lambda p: p))
+    for bad in BAD:
+        state.hyperparams["rho"] = bad
+        updates, _ = step(params, state, params)
+        np.testing.assert_array_equal(updates, -0.1 * params)
