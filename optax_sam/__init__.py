@@ -1,4 +1,26 @@
-"""Sharpness-aware training as composable Optax gradient transformations."""
+"""Sharpness-aware training as composable Optax gradient transformations.
+
+Start with `value_and_update(loss_fn, tx)`, the training step of any Optax optimizer,
+and with a method around the optimizer that moves the parameters, such as
+`tx = sam(optax.sgd(0.1), rho=0.05)`:
+
+* `sam`, `asam`, `vasso`, `sparse_sam`, `dynamic_sparse_sam`, `rw_sam`, `m_sam`.
+
+To combine methods, chain their ascents, `sharpness_aware(base, optax.chain(...))`, in
+the order of this list:
+
+* `reweight_by_sharpness` (RW-SAM), `suppress_variance` (VaSSO),
+* `scale_to_radius` (SAM) or `adapt_to_scale` (ASAM),
+* `sparsify_by_fisher`, `sparsify_dynamically` (Sparse SAM); before all of them
+  `perturb_only`, with a mask by `select_layers` or `choose_layers`.
+
+Masks for Sparse SAM come from a pattern, `unstructured`, `structured` or `n_m`, of
+scores such as `fisher_diagonal`.
+
+`optax_sam.diagnostics` measures sharpness, `optax_sam.flax` has the steps of NNX and of
+linen's `TrainState`, and `optax_sam.implicit` sparse backward passes of Flax layers.
+What a function takes and returns is in its own help, `help(optax_sam.sam)`.
+"""
 
 from optax_sam import diagnostics
 from optax_sam._ascents.asam import AdaptToScaleState, adapt_to_scale, asam

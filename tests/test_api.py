@@ -2,9 +2,12 @@
 
 import importlib
 import inspect
+import pydoc
 import re
 
 import pytest
+
+import optax_sam
 
 # Of states and results, the fields. A signature goes on in lines that are indented.
 API = {
@@ -118,3 +121,21 @@ def test_names_parameters_and_fields(module):
 
 def is_of_a_method(value):
     return value.__module__.startswith("optax_sam._ascents.")
+
+
+def test_help_lists_the_entry_points():
+    functions = {n for n in optax_sam.__all__ if callable(getattr(optax_sam, n))}
+    states = {name for name in functions if name.endswith("State")}
+    for name in functions - states:
+        assert re.search(rf"`{name}\b", optax_sam.__doc__), name
+    assert "`optax_sam.diagnostics`" in optax_sam.__doc__
+
+
+@pytest.mark.parametrize("module", ["optax_sam", "optax_sam.diagnostics"])
+def test_help_names_types_as_the_source_does(module):
+    public = importlib.import_module(module)
+    for name in public.__all__:
+        value = getattr(public, name)
+        if inspect.isfunction(value):
+            signature = pydoc.plain(pydoc.render_doc(value)).splitlines()[2]
+            assert not re.search(r"Union|numpy|jaxlib|_src", signature), signature

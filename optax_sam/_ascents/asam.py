@@ -1,5 +1,7 @@
 """ASAM, adaptive sharpness-aware minimization (arXiv 2102.11600)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

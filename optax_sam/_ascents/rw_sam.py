@@ -1,5 +1,7 @@
 """RW-SAM, sharpness-aware minimization with reweighted examples (arXiv 2509.18001)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +14,7 @@ from optax_sam._base import random, trees
 from optax_sam._base.checks import checked
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
+    KeyLike,
     ScalarOrSchedule,
     as_key,
     as_schedule,
@@ -31,7 +34,7 @@ def rw_sam(
     rho: ScalarOrSchedule,
     strength: ScalarOrSchedule,
     *,
-    key: Any = 0,
+    key: KeyLike = 0,
     delta: ScalarOrSchedule = 1e-4,
     num_probes: int = 1,
     estimator: Literal["finite_difference", "jvp"] = "finite_difference",
@@ -100,7 +103,7 @@ def rw_sam(
 def reweight_by_sharpness(
     strength: ScalarOrSchedule,
     *,
-    key: int | jax.Array,
+    key: KeyLike,
     delta: ScalarOrSchedule = 1e-4,
     num_probes: int = 1,
     estimator: Literal["finite_difference", "jvp"] = "finite_difference",

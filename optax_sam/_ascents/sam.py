@@ -1,5 +1,7 @@
 """SAM, sharpness-aware minimization (arXiv 2010.01412)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Sparse SAM with masks from dynamic sparse training, SSAM-D (arXiv 2210.05177)."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -11,6 +13,7 @@ from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import random, trees
 from optax_sam._base.devices import place_like
 from optax_sam._base.hyperparameters import (
+    KeyLike,
     ScalarOrSchedule,
     as_key,
     as_schedule,
@@ -35,7 +38,7 @@ def dynamic_sparse_sam(
     drop_fraction: ScalarOrSchedule = 0.5,
     drop_by: Literal["gradient", "weight"] = "gradient",
     grow_by: Literal["random", "gradient"] = "random",
-    key: Any = 0,
+    key: KeyLike = 0,
     rescale: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse SAM, SSAM-D: SAM on a set of weights that drops some and grows others.
@@ -113,7 +116,7 @@ def sparsify_dynamically(
     drop_fraction: ScalarOrSchedule = 0.5,
     drop_by: Literal["gradient", "weight"] = "gradient",
     grow_by: Literal["random", "gradient"] = "random",
-    key: Any,
+    key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps a set of entries that drops some and grows others: Sparse SAM, SSAM-D.
 

@@ -1,5 +1,7 @@
 """Sparse SAM with masks from Fisher information, SSAM-F (arXiv 2210.05177)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +14,7 @@ from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base.checks import checked, refuse
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import (
+    KeyLike,
     ScalarOrSchedule,
     as_key,
     check_choice,
@@ -36,7 +39,7 @@ def sparse_sam(
     estimator: Literal["per_example", "probes"] = "per_example",
     chunk_size: int = 4,
     num_probes: int = 4,
-    key: Any = 0,
+    key: KeyLike = 0,
     rescale: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse SAM, SSAM-F: SAM on the weights of largest Fisher information.
@@ -119,7 +122,7 @@ def sparsify_by_fisher(
     estimator: Literal["per_example", "probes"] = "per_example",
     chunk_size: int = 4,
     num_probes: int = 4,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the entries that matter most by Fisher information: Sparse SAM, SSAM-F.
 

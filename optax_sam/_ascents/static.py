@@ -1,5 +1,7 @@
 """Sparse SAM with static masks: whole leaves, chosen before the step is traced."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any

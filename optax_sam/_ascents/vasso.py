@@ -1,5 +1,7 @@
 """VaSSO, variance-suppressed sharpness-aware optimization (arXiv 2309.15639)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import chex

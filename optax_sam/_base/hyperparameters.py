@@ -15,6 +15,7 @@ import optax
 from optax_sam._base.checks import refuse
 
 ScalarOrSchedule: TypeAlias = chex.Numeric | optax.Schedule
+KeyLike: TypeAlias = int | jax.Array
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 _STATIC = "under optax.inject_hyperparams name it in static_args"
 

@@ -8,6 +8,8 @@ r"""The sharpness-aware step, :math:`\text{ascent} \times \text{base}`.
 Nothing here knows a method: each is an ascent, an ordinary gradient transformation.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

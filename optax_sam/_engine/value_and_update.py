@@ -4,6 +4,8 @@ It makes the call that `tx.update` wants: one clean pass, linearised once, and e
 argument of the step protocol.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable

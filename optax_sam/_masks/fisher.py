@@ -1,5 +1,7 @@
 """The diagonal of the empirical Fisher information, the score of Sparse SAM."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -4,6 +4,8 @@ A pattern keeps the entries of large score. Masks have the shapes of the scores,
 absent leaf (`optax.MaskedNode`) stays absent.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias

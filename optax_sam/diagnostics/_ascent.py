@@ -1,5 +1,7 @@
 """What an ascent does: its perturbation, the loss there, and how stable it is."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

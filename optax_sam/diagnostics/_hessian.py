@@ -1,5 +1,7 @@
 """The Hessian of the mean loss, by its products with vectors."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +12,7 @@ import optax
 
 from optax_sam._base import trees
 from optax_sam._base.checks import check_like
-from optax_sam._base.hyperparameters import as_key, check_integer
+from optax_sam._base.hyperparameters import KeyLike, as_key, check_integer
 from optax_sam.diagnostics import _loop, _vector
 
 LossFn: TypeAlias = Callable[[optax.Params, Any], jax.Array]
@@ -80,7 +82,7 @@ def hessian_trace(
     batch: Any,
     *,
     num_probes: int = 32,
-    key: int | jax.Array,
+    key: KeyLike,
 ) -> Estimate:
     r"""Estimates the trace of the Hessian of the mean loss, after Hutchinson.
 

@@ -1,5 +1,7 @@
 """The noise of gradients: the trace of the covariance of those of single examples."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import chex

@@ -1,5 +1,7 @@
 """Sharpness: how much the loss rises around the parameters, at worst and on average."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ import optax
 from optax_sam._base import batching
 from optax_sam._base.devices import Devices
 from optax_sam._base.hyperparameters import (
+    KeyLike,
     as_key,
     check_bool,
     check_integer,
@@ -33,7 +36,7 @@ def worst_case_sharpness(
     eta: float | jax.Array = 0.0,
     micro_batch_size: int | None = None,
     micro_batches_at_once: int | None = 1,
-    key: int | jax.Array | None = None,
+    key: KeyLike | None = None,
 ) -> jax.Array:
     r"""How much the loss can rise within a ball around the parameters.
 
@@ -134,7 +137,7 @@ def average_sharpness(
     num_samples: int = 32,
     adaptive: bool = False,
     eta: float | jax.Array = 0.0,
-    key: int | jax.Array,
+    key: KeyLike,
 ) -> Estimate:
     r"""How much the loss rises on average at a distance from the parameters.
 

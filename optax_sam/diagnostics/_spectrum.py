@@ -1,5 +1,7 @@
 """The spectrum of the Hessian: its largest eigenvalues, and its density."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import chex
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
-from optax_sam._base.hyperparameters import as_key, check_integer, check_number
+from optax_sam._base.hyperparameters import KeyLike, as_key, check_integer, check_number
 from optax_sam.diagnostics import _lanczos, _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn, hessian
 
@@ -52,7 +54,7 @@ def top_eigenvalues(
     count: int = 1,
     iterations: int = 32,
     return_vectors: bool = False,
-    key: int | jax.Array,
+    key: KeyLike,
 ) -> Eigenpairs:
     r"""The largest eigenvalues of the Hessian of the mean loss, by Lanczos.
 
@@ -130,7 +132,7 @@ def spectral_density(
     *,
     iterations: int = 64,
     num_probes: int = 4,
-    key: int | jax.Array,
+    key: KeyLike,
 ) -> SpectralDensity:
     r"""The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
 

@@ -1,5 +1,7 @@
 """The loss along lines and planes through the parameters."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -10,7 +12,7 @@ import optax
 
 from optax_sam._base import trees
 from optax_sam._base.checks import check_like, check_parameters
-from optax_sam._base.hyperparameters import as_key, check_bool, check_integer
+from optax_sam._base.hyperparameters import KeyLike, as_key, check_bool, check_integer
 from optax_sam.diagnostics import _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn
 
@@ -96,7 +98,7 @@ def loss_surface(
 def filter_normalized_directions(
     params: optax.Params,
     *,
-    key: int | jax.Array,
+    key: KeyLike,
     count: int = 2,
     orthogonal: bool = False,
 ) -> tuple[chex.ArrayTree, ...]:
