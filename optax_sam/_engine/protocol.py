@@ -159,9 +159,12 @@ def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraAr
     if not (
         callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
     ):
+        example = "optax.sgd(0.1)"
+        if name == "ascent":
+            example = "optax_sam.scale_to_radius(rho=0.05)"
         raise TypeError(
-            f"{name} must be an Optax gradient transformation, such as "
-            f"optax.sgd(0.1); got {tx!r} of type {type(tx).__name__}."
+            f"{name} must be an Optax gradient transformation, such as {example}; got "
+            f"{tx!r} of type {type(tx).__name__}."
         )
     keywords = [p for p in _parameters(tx.update).values() if p.kind is p.VAR_KEYWORD]
     if keywords and not isinstance(tx, optax.GradientTransformationExtraArgs):

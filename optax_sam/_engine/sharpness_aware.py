@@ -21,7 +21,7 @@ from optax_sam._base.checks import check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
 from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import protocol
-from optax_sam._engine.ascend import Ascended, ascend
+from optax_sam._engine.ascend import Ascended, ascend, check_uphill
 from optax_sam._engine.groups import Examples, Group, Passes
 
 
@@ -144,7 +144,8 @@ def sharpness_aware(
         or their size no integer, or `sync_ascent` no bool; in init and update, if a
         parameter is not real floating point or `loss_fn` cannot be called or returns
         no array; in update, if `state` is that of something else.
-      ValueError: If a size or number is less than 1; in update, if `params`, or
+      ValueError: If a size or number is less than 1; in init, if the ascent is seen to
+        lead downhill, as an optimizer does; in update, if `params`, or
         `loss_fn` and `batch` as well as `grad_fn`, are missing, if losses or gradients
         have the wrong shape, if the batch cannot be cut into micro-batches, or if an
         axis is missing, unknown, or not what update is told.
@@ -177,6 +178,7 @@ def sharpness_aware(
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         check_parameters(params)
         state = SharpnessAwareState(ascent.init(params), base.init(params))
+        check_uphill(ascent, state.ascent_state)
         placed: SharpnessAwareState = place_like(state, params)
         return placed
 

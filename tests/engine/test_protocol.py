@@ -170,10 +170,66 @@ def test_gradients_that_do_not_fit():
 def test_what_is_no_transformation(bad):
     with pytest.raises(TypeError, match="base must be an Optax gradient transf"):
         optax_sam.sam(bad, rho=0.1)
-    with pytest.raises(TypeError, match="ascent must be an Optax gradient transf"):
+    with pytest.raises(TypeError, match=r"ascent must be .*such as optax_sam\.scale_t"):
         optax_sam.sharpness_aware(optax.sgd(0.1), bad)
     with pytest.raises(TypeError, match="tx must be an Optax gradient transf"):
         optax_sam.value_and_update(losses, bad)
+
+
+RADIUS = optax_sam.scale_to_radius(0.1)
+
+
+@pytest.mark.parametrize(
+    "ascent",
+    [
+        optax.sgd(0.05),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+        optax.chain(optax_sam.reweight_by_sharpness(0.1, key=0), optax.sgd(0.05)),
+        optax.chain(RADIUS, optax.scale(-1.0)),
+        optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)),
+        optax.apply_if_finite(optax.lion(1e-3), 3),
+    ],
+)
+@pytest.mark.parametrize("base", [optax.adam(1e-3), RADIUS])
+def test_an_optimizer_as_the_ascent_is_refused(base, ascent):
+    tx = optax_sam.sharpness_aware(base, ascent)
+    for init in (tx.init, jax.jit(tx.init)):
+        with pytest.raises(
+            ValueError, match=r"uphill.*got -.*pass optax_sam\.scale_to"
+        ):
+            init(PARAMS)
+
+
+def stateless(function):
+    return optax.stateless(lambda updates, params: jax.tree.map(function, updates))
+
+
+@pytest.mark.parametrize(
+    "ascent",
+    [
+        optax.identity(),
+        optax.chain(optax.trace(0.9), RADIUS),
+        optax.chain(optax.scale_by_adam(), RADIUS),
+        optax.add_noise(1.0, 0.0, key=0),
+        optax.add_noise(1.0, 0.0, key=1),
+        optax.chain(optax_sam.perturb_only({"w": True, "b": False}), RADIUS),
+        optax.masked(RADIUS, {"w": True, "b": False}),
+        stateless(lambda g: g[0]),
+        stateless(lambda g: -jnp.ones_like(g)),
+        optax.set_to_zero(),
+    ],
+)
+def test_other_ascents_are_not(ascent):
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    jax.eval_shape(tx.init, PARAMS)
+
+
+def test_ascents_of_injected_hyperparameters_are_not():
+    def make(scale):
+        ascent = optax.chain(optax.scale(scale), RADIUS)
+        return optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+
+    jax.jit(optax.inject_hyperparams(make)(scale=2.0).init)(PARAMS)
 
 
 def test_value_and_update_with_the_wrong_loss_fn():

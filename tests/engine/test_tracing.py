@@ -36,8 +36,9 @@ def traced(ascent, problem=None, **kwargs):
         return problem.loss_fn(params, batch)
 
     tx = optax_sam.sharpness_aware(BASE, counted(counts, "ascent", ascent), **kwargs)
-    step = optax_sam.value_and_update(loss_fn, tx)
-    jax.eval_shape(step, problem.params, tx.init(problem.params), problem.batch)
+    step, opt_state = optax_sam.value_and_update(loss_fn, tx), tx.init(problem.params)
+    counts.clear()  # Where the ascent leads to may be tried before.
+    jax.eval_shape(step, problem.params, opt_state, problem.batch)
     return counts["ascent"], counts["loss_fn"]
 
 
