@@ -147,7 +147,8 @@ def reweight_by_sharpness(
       TypeError: If `strength` or `delta` is neither a real scalar nor callable, `key`
         no key, `num_probes` no integer or `normalize` no bool.
       ValueError: If one of them is out of range or `estimator` unknown; in update, if
-        `params`, `loss_fn` or `batch` is missing, or the loss is a scalar.
+        `params`, `loss_fn` or `batch` is missing, the loss is a scalar, or a link
+        before has changed the gradient.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -192,9 +193,17 @@ def reweight_by_sharpness(
         pullback: Callable[[jax.Array], optax.Updates] | None = None,
         ascent_loss_fn: Callable[..., jax.Array] | None = None,
         axis_name: AxisName | None = None,
+        is_gradient: Callable[[optax.Updates], bool] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightBySharpnessState]:
         del extra_args
+        if is_gradient is not None and not is_gradient(updates):
+            raise ValueError(
+                f"{owner}: a link before it in the chain has changed the gradient, "
+                "without effect, since this one makes it anew; put it first, "
+                "optax.chain(reweight_by_sharpness(...), suppress_variance(...), "
+                "scale_to_radius(...)), with at most perturb_only before."
+            )
         devices = Devices(axis_name)
         # The losses to compare with are those of the clean pass.
         loss_fn = loss_fn if ascent_loss_fn is None else ascent_loss_fn

@@ -27,7 +27,7 @@ def perturb_only(
     :func:`scale_to_radius` the perturbed part has the norm `rho`; after it, that part
     keeps the length that it has in SAM, and every gradient is computed for the norm.
     `optax.masked` is no substitute in an ascent: it hands the other leaves' raw
-    gradients on, to be added to the parameters.
+    gradients on, to be added to the parameters, which is refused.
 
     To freeze parameters, so that they neither move nor are perturbed, use the same mask
     on both sides::

@@ -12,6 +12,7 @@ import optax
 
 from optax_sam._base import trees
 from optax_sam._base.checks import refuse
+from optax_sam._engine import protocol
 
 
 class Ascended(NamedTuple):
@@ -49,13 +50,15 @@ def ascend(
     ) -> tuple[optax.Updates, optax.OptState]:
         advance = _Advance(condition)
         gradient = jax.tree.unflatten(structure, leaves)
-        given = arguments | {"advance": advance}
+        is_gradient = _IsGradient(leaves)
+        given = arguments | {"advance": advance, "is_gradient": is_gradient}
         epsilon, new = ascent.update(gradient, state, params, **given)
         return epsilon, advance(new, state)
 
     trace: Any = jax.make_jaxpr(update, return_shape=True)
     evaluate: Any = jax.core.eval_jaxpr
     closed, shapes = trace(True, *leaves)
+    _check_no_leaf_is_raw(closed.jaxpr, shapes[0])
     _, *read = _read(closed.jaxpr)
     finite = trees.all_finite([g for g, r in zip(leaves, read, strict=True) if r])
     condition = finite if advances is None else advances
@@ -140,6 +143,39 @@ class _Advance:
             return a
 
         return jax.tree.map(choose, new, old)
+
+
+class _IsGradient:
+    """`is_gradient(updates)`: whether updates are leaves of the gradient themselves.
+
+    In a branch or a loop that cannot be seen, and they may be.
+    """
+
+    def __init__(self, leaves: tuple[jax.Array, ...]) -> None:
+        self._leaves = leaves
+        self._trace = protocol.trace_now()
+
+    def __call__(self, updates: optax.Updates) -> bool:
+        own = set(map(id, self._leaves))
+        here = protocol.trace_now() == self._trace
+        return not here or own.issuperset(map(id, jax.tree.leaves(updates)))
+
+
+def _check_no_leaf_is_raw(jaxpr: Any, epsilon: optax.Updates) -> None:
+    """Refuses to add some gradients as they are, beside others that are scaled."""
+    gradient = set(map(id, jaxpr.invars))
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(epsilon)
+    ]
+    raw = [p for p, v in zip(paths, jaxpr.outvars, strict=False) if id(v) in gradient]
+    if 0 < len(raw) < len(paths):
+        raise ValueError(
+            f"sharpness_aware: the ascent hands on the gradient of params{raw[0]} as "
+            "it is, to be added to it, while it scales others: so does optax.masked. "
+            "Put optax_sam.perturb_only(mask) before it, which leaves parameters where "
+            "they are, or give each group a radius, optax.partition({'a': "
+            "optax_sam.scale_to_radius(0.1), ...}, labels)."
+        )
 
 
 def _read(jaxpr: Any) -> list[bool]:

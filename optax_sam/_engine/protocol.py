@@ -23,7 +23,7 @@ try:
 except ImportError:  # Before jax 0.10.
     from jax.core import get_opaque_trace_state
 
-_trace_now: Callable[[], Any] = get_opaque_trace_state
+trace_now: Callable[[], Any] = get_opaque_trace_state
 Advance: TypeAlias = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
 MISSING: Any = object()  # For a batch that is not given; None is an empty pytree.
 
@@ -43,11 +43,11 @@ class Report:
     def __init__(self, losses: jax.Array, value: jax.Array, aux: Any) -> None:
         """Reports so, unless it is called."""
         self.losses, self.value, self.aux = losses, value, aux
-        self._trace = _trace_now()
+        self._trace = trace_now()
 
     def __call__(self, value: jax.Array, aux: Any) -> None:
         """Takes another report; one from a branch or a loop cannot leave it."""
-        if _trace_now() == self._trace:
+        if trace_now() == self._trace:
             self.value, self.aux = value, aux
 
 
@@ -81,6 +81,8 @@ class Arguments(TypedDict, total=False):
         unless the gradient is finite. The engine chooses so for all of the state that
         the ascent returns; an ascent that goes on with a part of its new state chooses
         before, and so the old one need not be kept beside it.
+      is_gradient: `is_gradient(updates)` says whether updates are the gradient that the
+        ascent was given, or a part of it, and no other link has made them.
     """
 
     loss_fn: Callable[[optax.Params, Any], jax.Array]
@@ -95,6 +97,7 @@ class Arguments(TypedDict, total=False):
     scoring_axis_name: AxisName
     report: Report
     advance: Advance
+    is_gradient: Callable[[optax.Updates], bool]
 
 
 ARGUMENTS = frozenset(Arguments.__annotations__)

@@ -232,6 +232,50 @@ def test_ascents_of_injected_hyperparameters_are_not():
     jax.jit(optax.inject_hyperparams(make)(scale=2.0).init)(PARAMS)
 
 
+def trace_step(ascent, params=PARAMS, **extra_args):
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
+    step = optax_sam.value_and_update(losses, tx, **extra_args)
+    return jax.eval_shape(step, params, tx.init(params), jnp.ones(4))
+
+
+REWEIGHT = optax_sam.reweight_by_sharpness(0.1, key=0)
+
+
+@pytest.mark.parametrize(
+    "link", [optax_sam.suppress_variance(0.5), RADIUS, optax.clip(1.0)]
+)
+def test_links_whose_gradient_is_made_anew_are_refused(link):
+    with pytest.raises(
+        ValueError, match=r"reweight_by_sharpness: a link before.*first"
+    ):
+        trace_step(optax.chain(link, REWEIGHT, RADIUS))
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        (optax.identity(), optax_sam.perturb_only({"w": True, "b": False}), REWEIGHT),
+        (optax.conditionally_transform(REWEIGHT, lambda count: count < 5),),
+    ],
+)
+def test_links_that_leave_the_gradient_alone_are_not(links):
+    trace_step(optax.chain(*links, RADIUS))
+
+
+@pytest.mark.parametrize("first", [(), (optax_sam.suppress_variance(0.5),)])
+def test_gradients_handed_on_by_optax_masked_are_refused(first):
+    def ascent(inner):
+        mask = {"w": True, "b": False}
+        return optax.masked(optax.chain(*first, inner), mask)
+
+    with pytest.raises(ValueError, match=r"params\['b'\] as it is.*perturb_only\(mask"):
+        trace_step(ascent(RADIUS))
+    trace_step(optax.chain(ascent(RADIUS), RADIUS))
+    radii = {"w": RADIUS, "b": optax_sam.scale_to_radius(0.2)}
+    trace_step(optax.partition(radii, {"w": "w", "b": "b"}))
+    trace_step(optax.identity())
+
+
 def test_value_and_update_with_the_wrong_loss_fn():
     with pytest.raises(TypeError, match="value_and_update: loss_fn must be a function"):
         optax_sam.value_and_update(None, TX)

@@ -114,7 +114,8 @@ def parts(method: str) -> list[str]:
     """The names that a method is a sum of.
 
     Raises:
-      ValueError: if one is unknown or there twice, or the base alone is among others.
+      ValueError: if one is unknown or there twice, or the base alone is among others,
+        or two scale to a radius.
     """
     names = method.split("+")
     for name in names:
@@ -125,6 +126,11 @@ def parts(method: str) -> list[str]:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"method {method!r} has a name twice; leave one out.")
+    if {"sam", "asam"} <= set(names):
+        raise ValueError(
+            f"method {method!r}: sam and asam each scale the ascent to a radius, and "
+            "only one of them would have an effect; leave one out."
+        )
     if "sgd" in names and len(names) > 1:
         raise ValueError(
             f"method {method!r}: sgd has no ascent that others could be added to; "
