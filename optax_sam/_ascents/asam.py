@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import called, calling
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
@@ -63,7 +64,8 @@ def asam(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    return sharpness_aware(base, adapt_to_scale(rho, eta=eta))
+    with calling("asam"):
+        return sharpness_aware(base, adapt_to_scale(rho, eta=eta))
 
 
 def adapt_to_scale(
@@ -106,8 +108,9 @@ def adapt_to_scale(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    radius = as_schedule("adapt_to_scale", "rho", rho)
-    offset = as_schedule("adapt_to_scale", "eta", eta)
+    owner = called("adapt_to_scale")
+    radius = as_schedule(owner, "rho", rho)
+    offset = as_schedule(owner, "eta", eta)
 
     def init_fn(params: optax.Params) -> AdaptToScaleState:
         del params
@@ -122,7 +125,7 @@ def adapt_to_scale(
         del extra_args
         if params is None:
             raise ValueError(
-                "adapt_to_scale: params is None, but epsilon is relative to the size "
+                f"{owner}: params is None, but epsilon is relative to the size "
                 "of each weight; call update(grads, state, params)."
             )
         added = offset(state.count)

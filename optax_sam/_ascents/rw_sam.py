@@ -11,7 +11,7 @@ import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import random, trees
-from optax_sam._base.checks import checked
+from optax_sam._base.checks import called, calling, checked
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
     KeyLike,
@@ -89,15 +89,16 @@ def rw_sam(
     References:
       `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
     """
-    reweight = reweight_by_sharpness(
-        strength,
-        key=key,
-        delta=delta,
-        num_probes=num_probes,
-        estimator=estimator,
-        normalize=normalize,
-    )
-    return sharpness_aware(base, optax.chain(reweight, scale_to_radius(rho)))
+    with calling("rw_sam"):
+        reweight = reweight_by_sharpness(
+            strength,
+            key=key,
+            delta=delta,
+            num_probes=num_probes,
+            estimator=estimator,
+            normalize=normalize,
+        )
+        return sharpness_aware(base, optax.chain(reweight, scale_to_radius(rho)))
 
 
 def reweight_by_sharpness(
@@ -164,7 +165,7 @@ def reweight_by_sharpness(
     References:
       `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
     """
-    owner = "reweight_by_sharpness"
+    owner = called("reweight_by_sharpness")
     strength_at = as_schedule(owner, "strength", strength)
     delta_at = as_schedule(owner, "delta", delta, low=1e-37)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import called, calling
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule, check_integer
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
@@ -57,7 +58,8 @@ def sam(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    return sharpness_aware(base, scale_to_radius(rho))
+    with calling("sam"):
+        return sharpness_aware(base, scale_to_radius(rho))
 
 
 def m_sam(
@@ -119,14 +121,15 @@ def m_sam(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    return sharpness_aware(
-        base,
-        scale_to_radius(rho),
-        micro_batch_size=check_integer(
-            "m_sam", "micro_batch_size", micro_batch_size, low=1, static=True
-        ),
-        micro_batches_at_once=micro_batches_at_once,
-    )
+    with calling("m_sam"):
+        return sharpness_aware(
+            base,
+            scale_to_radius(rho),
+            micro_batch_size=check_integer(
+                "m_sam", "micro_batch_size", micro_batch_size, low=1, static=True
+            ),
+            micro_batches_at_once=micro_batches_at_once,
+        )
 
 
 def scale_to_radius(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -163,7 +166,7 @@ def scale_to_radius(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    radius = as_schedule("scale_to_radius", "rho", rho)
+    radius = as_schedule(called("scale_to_radius"), "rho", rho)
 
     def init_fn(params: optax.Params) -> ScaleToRadiusState:
         del params

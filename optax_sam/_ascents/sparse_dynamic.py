@@ -11,6 +11,7 @@ import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import random, trees
+from optax_sam._base.checks import called, calling
 from optax_sam._base.devices import place_like
 from optax_sam._base.hyperparameters import (
     KeyLike,
@@ -94,18 +95,19 @@ def dynamic_sparse_sam(
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
-    sparsify = sparsify_dynamically(
-        sparsity,
-        refresh_every=refresh_every,
-        decay_steps=decay_steps,
-        drop_fraction=drop_fraction,
-        drop_by=drop_by,
-        grow_by=grow_by,
-        key=key,
-    )
-    radius = scale_to_radius(rho)
-    ascent = optax.chain(radius, sparsify, *([radius] if rescale else []))
-    return sharpness_aware(base, ascent)
+    with calling("dynamic_sparse_sam"):
+        sparsify = sparsify_dynamically(
+            sparsity,
+            refresh_every=refresh_every,
+            decay_steps=decay_steps,
+            drop_fraction=drop_fraction,
+            drop_by=drop_by,
+            grow_by=grow_by,
+            key=key,
+        )
+        radius = scale_to_radius(rho)
+        ascent = optax.chain(radius, sparsify, *([radius] if rescale else []))
+        return sharpness_aware(base, ascent)
 
 
 def sparsify_dynamically(
@@ -171,7 +173,7 @@ def sparsify_dynamically(
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
-    owner = "sparsify_dynamically"
+    owner = called("sparsify_dynamically")
     sparsity = check_sparsity(owner, sparsity)
     refresh_every = check_integer(owner, "refresh_every", refresh_every, low=1)
     decay_steps = check_integer(owner, "decay_steps", decay_steps, low=1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
-from optax_sam._base.checks import checked, refuse
+from optax_sam._base.checks import called, calling, checked
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import (
     KeyLike,
@@ -26,7 +26,7 @@ from optax_sam._base.losses import check_per_example, linearise
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._masks import fisher, masking
-from optax_sam._masks.patterns import Pattern
+from optax_sam._masks.patterns import Pattern, check_pattern
 
 
 def sparse_sam(
@@ -100,18 +100,19 @@ def sparse_sam(
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
-    sparsify = sparsify_by_fisher(
-        pattern,
-        refresh_every=refresh_every,
-        num_examples=num_examples,
-        estimator=estimator,
-        chunk_size=chunk_size,
-        num_probes=num_probes,
-        key=key,
-    )
-    radius = scale_to_radius(rho)
-    ascent = optax.chain(radius, sparsify, *([radius] if rescale else []))
-    return sharpness_aware(base, ascent)
+    with calling("sparse_sam"):
+        sparsify = sparsify_by_fisher(
+            pattern,
+            refresh_every=refresh_every,
+            num_examples=num_examples,
+            estimator=estimator,
+            chunk_size=chunk_size,
+            num_probes=num_probes,
+            key=key,
+        )
+        radius = scale_to_radius(rho)
+        ascent = optax.chain(radius, sparsify, *([radius] if rescale else []))
+        return sharpness_aware(base, ascent)
 
 
 def sparsify_by_fisher(
@@ -181,10 +182,8 @@ def sparsify_by_fisher(
       Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
       Approach <https://arxiv.org/abs/2210.05177>`_, 2022
     """
-    owner = "sparsify_by_fisher"
-    if not callable(pattern):
-        what = "pattern must be a function from scores to masks"
-        refuse(owner, what, pattern, "pass optax_sam.unstructured(0.5), say", TypeError)
+    owner = called("sparsify_by_fisher")
+    check_pattern(owner, pattern)
     refresh_every = check_integer(owner, "refresh_every", refresh_every, low=1)
     fisher = _estimator(owner, estimator, num_examples, chunk_size, num_probes)
     seed = as_key(owner, key)

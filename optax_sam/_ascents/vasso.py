@@ -11,7 +11,7 @@ import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
-from optax_sam._base.checks import refuse
+from optax_sam._base.checks import called, calling, refuse
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
@@ -71,10 +71,11 @@ def vasso(
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
       Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
     """
-    ascent = optax.chain(
-        suppress_variance(theta, accumulator_dtype), scale_to_radius(rho)
-    )
-    return sharpness_aware(base, ascent)
+    with calling("vasso"):
+        ascent = optax.chain(
+            suppress_variance(theta, accumulator_dtype), scale_to_radius(rho)
+        )
+        return sharpness_aware(base, ascent)
 
 
 def suppress_variance(
@@ -119,9 +120,10 @@ def suppress_variance(
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
       Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
     """
-    newest = as_schedule("suppress_variance", "theta", theta, high=1.0)
+    owner = called("suppress_variance")
+    newest = as_schedule(owner, "theta", theta, high=1.0)
     if accumulator_dtype is not None:
-        accumulator_dtype = _floating_dtype(accumulator_dtype)
+        accumulator_dtype = _floating_dtype(owner, accumulator_dtype)
 
     def init_fn(params: optax.Params) -> SuppressVarianceState:
         def zeros(p: Any) -> jax.Array:
@@ -181,7 +183,7 @@ class SuppressVarianceState(NamedTuple):
     direction: chex.ArrayTree
 
 
-def _floating_dtype(dtype: Any) -> Any:
+def _floating_dtype(owner: str, dtype: Any) -> Any:
     try:
         # inject_hyperparams takes a dtype for a schedule and hands on an array.
         resolved = None if isinstance(dtype, jax.Array) else jnp.dtype(dtype)
@@ -193,5 +195,5 @@ def _floating_dtype(dtype: Any) -> Any:
             "pass for example jnp.float32, or None for float32 or wider, and name it "
             "in static_args under optax.inject_hyperparams"
         )
-        refuse("suppress_variance", what, dtype, remedy, TypeError)
+        refuse(owner, what, dtype, remedy, TypeError)
     return resolved

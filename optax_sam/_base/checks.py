@@ -1,9 +1,11 @@
 """Checks of what users pass, and errors that say what to do instead."""
 
+import contextlib
+import contextvars
 import functools
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -11,6 +13,23 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+
+_CALLED: contextvars.ContextVar[str | None] = contextvars.ContextVar("called")
+
+
+@contextlib.contextmanager
+def calling(alias: str) -> Iterator[None]:
+    """What is made here is what the user called, and messages name it so."""
+    token = _CALLED.set(alias)
+    try:
+        yield
+    finally:
+        _CALLED.reset(token)
+
+
+def called(name: str) -> str:
+    """The function that the user called: this one, unless an alias made the call."""
+    return _CALLED.get(None) or name
 
 
 def refuse(

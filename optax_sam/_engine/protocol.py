@@ -157,7 +157,9 @@ def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(fn).parameters
 
 
-def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+def as_transformation(
+    owner: str, name: str, tx: Any
+) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` with support for extra arguments, or refuses it."""
     if not (
         callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
@@ -166,8 +168,8 @@ def as_transformation(name: str, tx: Any) -> optax.GradientTransformationExtraAr
         if name == "ascent":
             example = "optax_sam.scale_to_radius(rho=0.05)"
         raise TypeError(
-            f"{name} must be an Optax gradient transformation, such as {example}; got "
-            f"{tx!r} of type {type(tx).__name__}."
+            f"{owner}: {name} must be an Optax gradient transformation, such as "
+            f"{example}; got {tx!r} of type {type(tx).__name__}."
         )
     keywords = [p for p in _parameters(tx.update).values() if p.kind is p.VAR_KEYWORD]
     if keywords and not isinstance(tx, optax.GradientTransformationExtraArgs):

@@ -17,7 +17,7 @@ import jax
 import optax
 
 from optax_sam._base import batching, trees
-from optax_sam._base.checks import check_parameters
+from optax_sam._base.checks import called, check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
 from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import protocol
@@ -167,12 +167,11 @@ def sharpness_aware(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, also for m-SAM
     """
-    base = protocol.as_transformation("base", base)
-    ascent = protocol.as_transformation("ascent", ascent)
-    size, at_once = batching.check_sizes(
-        "sharpness_aware", micro_batch_size, micro_batches_at_once
-    )
-    check_bool("sharpness_aware", "sync_ascent", sync_ascent)
+    owner = called("sharpness_aware")
+    base = protocol.as_transformation(owner, "base", base)
+    ascent = protocol.as_transformation(owner, "ascent", ascent)
+    size, at_once = batching.check_sizes(owner, micro_batch_size, micro_batches_at_once)
+    check_bool(owner, "sync_ascent", sync_ascent)
     own_axis_name = axis_name
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:

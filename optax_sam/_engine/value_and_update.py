@@ -99,7 +99,7 @@ def value_and_update(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    tx = protocol.as_transformation("tx", tx)
+    tx = protocol.as_transformation("value_and_update", "tx", tx)
     tx = protocol.explaining_states("value_and_update", tx)
     devices = Devices(axis_name)
     perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)

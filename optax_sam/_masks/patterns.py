@@ -193,6 +193,14 @@ def _keep_in_groups(x: jax.Array, n: int, m: int, axis: int) -> jax.Array:
     return jax.lax.slice_in_dim(kept, 0, size, axis=axis)
 
 
+def check_pattern(owner: str, pattern: Any) -> None:
+    """Refuses what is no pattern, such as a function that makes one."""
+    if not callable(pattern) or pattern in (unstructured, structured, n_m):
+        what = "pattern must be a function from scores to masks"
+        remedy = "pass what optax_sam.unstructured(0.5), say, returns"
+        refuse(owner, what, pattern, remedy, TypeError)
+
+
 def check_sparsity(owner: str, sparsity: Any) -> float:
     """Returns a sparsity that is a number in [0, 1], or refuses it."""
     kinds = int | float | np.integer | np.floating

@@ -241,7 +241,7 @@ def _ascent_step(
     loss_fn: Any, ascent: Any, has_aux: Any, ascent_loss_fn: Any, scoring_loss_fn: Any
 ) -> Callable[..., Ascent]:
     """The step of an ascent, `(params, state, *args)`, as the engine takes it."""
-    ascent = protocol.as_transformation("ascent", ascent)
+    ascent = protocol.as_transformation("diagnostics", "ascent", ascent)
 
     def update(
         gradient: optax.Updates, state: optax.OptState, params: Any, **extra_args: Any

@@ -289,6 +289,55 @@ def test_value_and_update_with_the_wrong_loss_fn():
         three(PARAMS, TX.init(PARAMS), jnp.ones(4))
 
 
+HALF = optax_sam.unstructured(0.5)
+EVERY = {"refresh_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("alias", "arguments", "wrong"),
+    [
+        (optax_sam.sam, {"rho": 0.1}, {"rho": -1.0}),
+        (optax_sam.asam, {"rho": 0.1}, {"eta": "0.1"}),
+        (optax_sam.vasso, {"rho": 0.1, "theta": 0.5}, {"theta": 2.0}),
+        (optax_sam.vasso, {"rho": 0.1, "theta": 0.5}, {"accumulator_dtype": int}),
+        (optax_sam.rw_sam, {"rho": 0.1, "strength": 0.1}, {"num_probes": 0}),
+        (optax_sam.m_sam, {"rho": 0.1, "micro_batch_size": 2}, {"rho": jnp.ones(2)}),
+        (
+            optax_sam.m_sam,
+            {"rho": 0.1, "micro_batch_size": 2},
+            {"micro_batches_at_once": 0},
+        ),
+        (optax_sam.sparse_sam, {"rho": 0.1, "pattern": HALF} | EVERY, {"key": 0.5}),
+        (
+            optax_sam.dynamic_sparse_sam,
+            {"rho": 0.1, "sparsity": 0.5, "decay_steps": 9} | EVERY,
+            {"drop_by": "size"},
+        ),
+    ],
+)
+def test_messages_name_what_was_called(alias, arguments, wrong):
+    with pytest.raises((TypeError, ValueError), match=f"^{alias.__name__}: "):
+        alias(optax.sgd(0.1), **arguments | wrong)
+    with pytest.raises(TypeError, match=f"^{alias.__name__}: base must be"):
+        alias(0.1, **arguments)
+    with pytest.raises(ValueError, match=r"^scale_to_radius: rho = -1"):
+        optax_sam.scale_to_radius(-1.0)
+
+
+def test_messages_of_an_update_name_what_was_called():
+    tx = optax_sam.rw_sam(optax.sgd(0.1), rho=0.1, strength=0.1)
+    with pytest.raises(ValueError, match=r"^rw_sam: loss_fn is missing"):
+        update(tx=tx, grad_fn=lambda p: p)
+
+
+@pytest.mark.parametrize(
+    "pattern", [optax_sam.unstructured, optax_sam.structured, optax_sam.n_m, 0.5]
+)
+def test_a_pattern_that_was_not_called(pattern):
+    with pytest.raises(TypeError, match=r"pattern must.*unstructured\(0\.5\), say"):
+        optax_sam.sparse_sam(optax.sgd(0.1), 0.1, pattern, refresh_every=1)
+
+
 @pytest.mark.parametrize(
     "outer",
     [
