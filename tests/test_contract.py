@@ -202,7 +202,8 @@ def test_chain_around_changes_the_ascent_only(method):
     """Scaling before a method whose ascent has no scale does nothing at all."""
     problem = problems.perceptron()
     tx = optax.chain(optax.scale(4.0), method(optax.sgd(0.1)))
-    scaled, _ = problems.train(tx, problem, 10)
+    with pytest.warns(UserWarning, match="has changed the gradient"):
+        scaled, _ = problems.train(tx, problem, 10)
     plain, _ = problems.train(method(optax.sgd(0.1)), problem, 10)
     problems.assert_trees_close(scaled, plain, rtol=1e-5, atol=1e-6)
 

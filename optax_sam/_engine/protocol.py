@@ -45,9 +45,14 @@ class Report:
         self.losses, self.value, self.aux = losses, value, aux
         self._trace = trace_now()
 
+    @property
+    def is_of_this_trace(self) -> bool:
+        """Whether what is traced now is the step itself, no branch or loop in it."""
+        return bool(trace_now() == self._trace)
+
     def __call__(self, value: jax.Array, aux: Any) -> None:
         """Takes another report; one from a branch or a loop cannot leave it."""
-        if trace_now() == self._trace:
+        if self.is_of_this_trace:
             self.value, self.aux = value, aux
 
 
@@ -155,6 +160,11 @@ def accepted(
 
 def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(fn).parameters
+
+
+def evaluated(params: Any) -> Any:
+    """The parameters that the loss is of: of those of `optax.lookahead`, the fast."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def as_transformation(

@@ -10,6 +10,7 @@ Nothing here knows a method: each is an ascent, an ordinary gradient transformat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,9 +53,10 @@ def sharpness_aware(
 
     Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
-    the base*. `optax.chain(clip, sharpness_aware(...))` clips the ascent only,
+    the base*. `optax.chain(clip, sharpness_aware(...))` clips the ascent only, and
     `optax.MultiSteps(sharpness_aware(...), k)` descends along the last of `k`
-    gradients, and inside `optax.masked` the step is refused.
+    gradients, of which :func:`value_and_update` warns; inside `optax.masked` the step
+    is refused.
 
     With `micro_batch_size` this is m-SAM: the micro-batches :math:`I_1, \dots, I_k` of
     a batch ascend each for itself, and the base descends along the mean,
@@ -175,10 +177,11 @@ def sharpness_aware(
     own_axis_name = axis_name
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
-        check_parameters(params)
-        state = SharpnessAwareState(ascent.init(params), base.init(params))
+        point = protocol.evaluated(params)
+        check_parameters(point)
+        state = SharpnessAwareState(ascent.init(point), base.init(params))
         check_uphill(ascent, state.ascent_state)
-        placed: SharpnessAwareState = place_like(state, params)
+        placed: SharpnessAwareState = place_like(state, point)
         return placed
 
     def update_fn(
@@ -192,12 +195,14 @@ def sharpness_aware(
         axis_name: AxisName | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        _check(params, grad_fn, size)
-        updates = protocol.as_gradient("grads", updates, params)
+        point = protocol.evaluated(params)
+        _check(point, grad_fn, size)
+        updates = protocol.as_gradient("grads", updates, point)
+        _warn_if_changed(updates, **extra_args)
         devices = _devices_of(own_axis_name, axis_name, sync_ascent)
         extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
         averaged = axis_name is not None
-        examples = Examples.of_step(params, extra_args, devices, averaged)
+        examples = Examples.of_step(point, extra_args, devices, averaged)
 
         def ascend_along(gradient: Any, *others: Any) -> Ascended:
             return ascend(ascent, gradient, state.ascent_state, *others)
@@ -217,7 +222,7 @@ def sharpness_aware(
             passes = examples.each_alone(two_passes, updates, size, at_once)
             advanced = ascend_along(
                 passes.clean_gradient,
-                params,
+                point,
                 examples.shared_arguments,
                 passes.finite,
             )
@@ -255,6 +260,27 @@ def _check(params: Any, grad_fn: Any, size: int | None) -> None:
             "sharpness_aware: with micro_batch_size each micro-batch has a gradient of "
             "its own, which grad_fn(params) cannot give; pass loss_fn and batch in its "
             "place."
+        )
+
+
+def _warn_if_changed(
+    gradient: Any,
+    grad: Any = None,
+    report: protocol.Report | None = None,
+    **others: Any,
+) -> None:
+    """Warns of a gradient that is not the one `value_and_update` has found."""
+    del others
+    if report is None or not report.is_of_this_trace:
+        return  # In a branch or a loop it cannot be told.
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(grad), strict=True)
+    if any(a is not b for a, b in pairs):
+        warnings.warn(
+            "sharpness_aware: a transformation around it has changed the gradient, as "
+            "in optax.chain(clip, sam(...)), which changes the ascent alone, and not "
+            "what moves the parameters; put it around the base, "
+            "sam(optax.chain(clip, sgd), rho).",
+            stacklevel=2,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -19,8 +20,22 @@ from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
 from optax_sam._base.losses import clean_pass, linearise, mean_loss
 from optax_sam._engine import protocol
 from optax_sam._engine.batch_loss import BatchLoss
+from optax_sam._engine.sharpness_aware import SharpnessAwareState
 
 LossesAndAux: TypeAlias = Callable[..., tuple[Any, Any]]
+
+# By the state: the wrapper, and what it does around a sharpness-aware step.
+_WRAPPERS = {
+    optax.LookaheadState: ("optax.lookahead", "hands no loss on to it"),
+    optax.MultiStepsState: (
+        "optax.MultiSteps",
+        "descends along the gradient of the last batch alone",
+    ),
+    optax.ApplyIfFiniteState: (
+        "optax.apply_if_finite",
+        "does not see the gradient that moves the parameters",
+    ),
+}
 
 
 def value_and_update(
@@ -112,9 +127,11 @@ def value_and_update(
     def step(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
-        check_parameters(params)
+        _check_wrappers(opt_state)
+        point = protocol.evaluated(params)
+        check_parameters(point)
         devices.check("value_and_update")
-        own_params = devices.vary(params)
+        own_params = devices.vary(point)
         batch = args[0] if args else ()
         of_batch = functools.partial(BatchLoss, args=args)
         losses, pullback, aux = linearise(
@@ -154,6 +171,24 @@ def value_and_update(
             raise
 
     return explained_step
+
+
+def _check_wrappers(opt_state: optax.OptState) -> None:
+    """Says which wrappers do around a sharpness-aware step what nobody expects."""
+
+    def found(kind: Any, tree: Any) -> list[Any]:
+        nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+        return [x for x in nodes if isinstance(x, kind)]
+
+    for kind, (name, what) in _WRAPPERS.items():
+        if any(found(SharpnessAwareState, state) for state in found(kind, opt_state)):
+            message = (
+                f"value_and_update: {name} around a sharpness-aware optimizer {what}; "
+                f"put it around the base, sam({name}(sgd, ...), rho)."
+            )
+            if kind is optax.LookaheadState:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
 
 
 def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:

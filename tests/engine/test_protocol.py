@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+import problems
 import pytest
 
 import optax_sam
@@ -357,3 +358,76 @@ def test_problems_are_reported_under_jit_too():
     step = jax.jit(lambda g: update(g, loss_fn=lambda p, b: jnp.ones((4, 2)), batch=1))
     with pytest.raises(ValueError, match=r"shape \(4, 2\)"):
         step(PARAMS)
+
+
+MULTI_STEPS = optax.MultiSteps(TX, 2).gradient_transformation()
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (optax.chain(optax.clip(1.0), TX), "changed the gradient.*around the base"),
+        (optax.chain(optax.identity(), optax.chain(optax.scale(2.0), TX)), "changed"),
+        (optax.inject_hyperparams(lambda c: optax.chain(optax.clip(c), TX))(1.0), "ch"),
+        (MULTI_STEPS, r"last batch alone.*sam\(optax\.MultiSteps"),
+        (optax.apply_if_finite(TX, 3), r"not see.*sam\(optax\.apply_if_finite"),
+        (optax.chain(optax.identity(), optax.apply_if_finite(TX, 3)), "not see"),
+    ],
+)
+def test_wrappers_around_the_step_are_warned_of(tx, message):
+    step, state = optax_sam.value_and_update(losses, tx), tx.init(PARAMS)
+    for run in (step, jax.jit(step)):
+        with pytest.warns(UserWarning, match=message) as seen:
+            run(PARAMS, state, jnp.ones(4))
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        TX,
+        optax.chain(optax.identity(), TX, optax.scale(0.5)),
+        optax.inject_hyperparams(lambda rho: optax_sam.sam(optax.sgd(0.1), rho))(0.1),
+        optax_sam.sam(optax.MultiSteps(optax.sgd(0.1), 2), 0.1),
+        optax_sam.sam(optax.apply_if_finite(optax.chain(optax.clip(1.0)), 3), 0.1),
+        optax.apply_if_finite(optax.sgd(0.1), 3),
+        optax.contrib.schedule_free(TX, 0.1),
+        optax.conditionally_transform(TX, lambda count: count < 5),
+    ],
+)
+def test_others_are_not(tx):
+    step = optax_sam.value_and_update(losses, tx)
+    step(PARAMS, tx.init(PARAMS), jnp.ones(4))
+
+
+def lookahead(tx):
+    return optax.lookahead(tx, sync_period=2, slow_step_size=0.5)
+
+
+@pytest.mark.parametrize(
+    ("tx", "fast"),
+    [
+        (lookahead(optax.sgd(0.1)), optax.sgd(0.1)),
+        (optax_sam.sam(lookahead(optax.sgd(0.1)), 0.1), TX),
+    ],
+)
+def test_lookahead_takes_gradients_at_the_fast_parameters(tx, fast):
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    step, state = optax_sam.value_and_update(losses, tx), tx.init(params)
+    fast_step, fast_state = optax_sam.value_and_update(losses, fast), fast.init(PARAMS)
+    expected = PARAMS
+    for _ in range(2):
+        _, updates, state = step(params, state, jnp.arange(4.0))
+        params = optax.apply_updates(params, updates)
+        _, updates, fast_state = fast_step(expected, fast_state, jnp.arange(4.0))
+        expected = optax.apply_updates(expected, updates)
+    halfway = jax.tree.map(lambda a, b: (a + b) / 2, PARAMS, expected)
+    problems.assert_trees_close(params.slow, halfway, rtol=1e-6)
+    problems.assert_trees_close(params.fast, halfway, rtol=1e-6)
+
+
+def test_lookahead_around_the_step_is_refused():
+    tx, params = lookahead(TX), optax.LookaheadParams.init_synced(PARAMS)
+    step = optax_sam.value_and_update(losses, tx)
+    with pytest.raises(ValueError, match=r"hands no loss on.*sam\(optax\.lookahead"):
+        step(params, tx.init(params), jnp.ones(4))
