@@ -47,6 +47,15 @@ def test_state_is_stable_and_nothing_recompiles(method, base):
     assert np.isfinite(value)
     assert np.isfinite(problems.norm(params))
     problems.assert_trees_differ(params, problem.params)
+    # Counts stay at the largest number, where they would turn negative.
+    last = np.int32(2**31 - 1)
+    ascent_state = optax.tree.set(opt_state.ascent_state, count=last)
+    _, opt_state, _ = step(
+        params, opt_state._replace(ascent_state=ascent_state), problem.batch
+    )
+    counts = optax.tree.get_all_with_path(opt_state.ascent_state, "count")
+    assert counts
+    assert {int(count) for _, count in counts} == {2**31 - 1}
     # A scan refuses, as it is traced, a carry whose types change.
     jax.eval_shape(lambda: problems.train(tx, problem, 2))
 
@@ -242,3 +251,53 @@ def test_multi_steps_around_descends_along_the_last_gradient():
         updates, opt_state = update(grads, opt_state, params, batch=batch)
     minus_last = jax.tree.map(np.negative, grads)
     problems.assert_trees_close(updates, minus_last, rtol=1e-5, atol=1e-6)
+
+
+def valley(params):
+    """Rosenbrock's, whose floor is bent and nearly flat."""
+    x, y = params["x"], params["y"]
+    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+
+def distance(shapes):
+    def squares(params):
+        return sum(jnp.sum((w - 1) ** 2) for w in jax.tree.leaves(params))
+
+    rng = np.random.default_rng(0)
+    return squares, jax.tree.map(
+        lambda shape: np.float32(3 * rng.normal(size=shape)),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+# Functions and starts; the minimum of each is zero, where all parameters are one.
+TARGETS = {
+    "parabola": distance((3,)),
+    "valley": (valley, {"x": np.float32(0), "y": np.float32(0)}),
+    "matrix": distance({"w": (4, 3)}),
+    "mixed": distance([(), {"b": (3,), "w": (2, 3)}, (2, 2, 2)]),
+}
+CONVERGING = {
+    "sgd": lambda: optax.sgd(1e-3, momentum=0.9),
+    "adam": lambda: optax.adam(optax.cosine_decay_schedule(1e-1, 5000)),
+}
+
+
+@cover(
+    method=METHODS,
+    base=CONVERGING,
+    target=TARGETS,
+    default=("sam-adam-valley", "vasso-sgd-mixed", "micro-batches-adam-matrix"),
+)
+def test_converges(method, base, target):
+    """In a small ball; examples differ in how much they count."""
+    fn, params = target
+    weights = np.float32([0.5, 1.5, 0.8, 1.2, 0.9, 1.1, 0.6, 1.4])
+    hyperparameters = {**method.hyperparameters, "rho": 1e-3}
+    tx = method.alias(base(), **hyperparameters, **method.static)
+    problem = problems.Problem(params, lambda p, batch: fn(p) * batch, weights)
+    opt_state = optax.tree.map_params(tx, lambda x: x, tx.init(params))
+    params, _ = problems.training(tx, problem, 5000)(params, opt_state)
+    ones = jax.tree.map(np.ones_like, params)
+    problems.assert_trees_close(params, ones, atol=0.03)

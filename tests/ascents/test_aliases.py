@@ -105,6 +105,29 @@ def test_rho_zero_is_the_base(tx, dtype):
     assert np.isfinite(problems.norm(actual))
 
 
+def test_limits_are_exact_at_the_compilers_own_level_of_optimisation():
+    """Which fuses, and hence rounds, in another way than that of the other tests."""
+    problem = problems.perceptron()
+
+    def train(tx):
+        run = problems.training(tx, problem, 20)
+        level = {"xla_backend_optimization_level": 3}
+        compiled = jax.jit(run, compiler_options=level)
+        return compiled(problem.params, tx.init(problem.params))[0]
+
+    def neutral(rho):
+        links = (
+            optax_sam.reweight_by_sharpness(0.0, key=0, estimator="jvp"),
+            optax_sam.suppress_variance(1.0),
+            optax_sam.scale_to_radius(rho),
+        )
+        ascent = optax.chain(*links)
+        return optax_sam.sharpness_aware(BASE, ascent, micro_batch_size=16)
+
+    problems.assert_trees_equal(train(neutral(0.1)), train(SAM))
+    problems.assert_trees_equal(train(neutral(0.0)), train(BASE))
+
+
 def test_hyperparameters_by_position_and_by_name():
     base = optax.sgd(0.1)
     optax_sam.sam(base, 0.1)

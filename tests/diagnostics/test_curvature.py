@@ -187,6 +187,13 @@ def test_smooth_density():
     line = diagnostics.SpectralDensity(jnp.zeros((1, 2)), jnp.full((1, 2), 0.5))
     curve = diagnostics.smooth_density(line, jnp.linspace(-0.1, 0.1, 101))
     assert np.sum(curve) * 0.002 == pytest.approx(1, abs=1e-3)
+    # All are the same: a hundredth of it, of either sign, or of one.
+    for value, width in ((0.0, 0.01), (4.0, 0.04), (-4.0, 0.04)):
+        peak = jnp.full(1, value)
+        height = diagnostics.smooth_density(
+            line._replace(nodes=line.nodes + value), peak
+        )
+        np.testing.assert_allclose(height, 1 / ((2 * np.pi) ** 0.5 * width), rtol=1e-5)
     with pytest.raises(ValueError, match=r"width = 0 is out of range.*> 0"):
         diagnostics.smooth_density(line, grid, width=0.0)
     with pytest.raises(ValueError, match=r"grid has shape \(\)"):

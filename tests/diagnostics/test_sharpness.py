@@ -60,6 +60,22 @@ def test_worst_case_of_a_quadratic_solves_the_trust_region_problem(x64, spectrum
     assert worst(params, batch, rho) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("step_size", [0.1, 0.5, 3.0])
+def test_steps_of_the_ascent_after_the_first_have_their_length(x64, step_size):
+    """The first leads to the sphere, the second along it or through the ball."""
+    (params, batch), _ = problem(SPECTRA["distinct"])
+    g, H = quadratic_model(params, batch)
+    e = g / np.linalg.norm(g)
+    slope = g + H @ e
+    e2 = e + step_size * slope / np.linalg.norm(slope)
+    e2 /= max(np.linalg.norm(e2), 1)
+    expected = max(g @ x + x @ H @ x / 2 for x in (e, e2))
+    actual = diagnostics.worst_case_sharpness(
+        loss_fn, params, batch, rho=1.0, steps=2, step_size=step_size
+    )
+    assert actual == pytest.approx(expected, rel=1e-9)
+
+
 def test_worst_case_inside_the_ball(x64):
     """A concave quadratic has its maximum where the gradient vanishes."""
     (params, batch), _ = problem(-SPECTRA["distinct"])
@@ -297,6 +313,7 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
         "conv": np.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.bfloat16),
         "dense": np.float32(rng.normal(size=(4, 3)) * [1, 0, 1]),
         "narrow": np.ones((1, 3), np.float32),
+        "pair": np.float32(rng.normal(size=(2, 3))),  # As many as directions.
         "bias": np.ones(3, np.float32),
         "scale": np.float32(2),
     }
@@ -311,7 +328,12 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
     for i, d in enumerate(directions):
         assert not np.any(d["bias"])
         assert not np.any(d["scale"])
-        for name, rows in (("conv", 18), ("dense", 4), ("narrow", 1)):
+        for name, rows in (
+            ("conv", 18),
+            ("dense", 4),
+            ("narrow", 1),
+            ("pair", 2),
+        ):
             lengths, expected = (
                 np.linalg.norm(
                     np.asarray(x[name], np.float64).reshape(rows, -1), axis=0
@@ -324,7 +346,7 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
         for other in directions[:i]:
             products = {
                 k: np.sum(np.multiply(d[k], other[k]).reshape(-1, d[k].shape[-1]), 0)
-                for k in ("conv", "dense", "narrow")
+                for k in ("conv", "dense", "narrow", "pair")
             }
             if orthogonal:
                 for x in products.values():

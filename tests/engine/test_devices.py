@@ -67,6 +67,11 @@ def test_micro_batches_do_not_span_devices():
     tx = optax_sam.m_sam(base(), 0.1, 16)
     with pytest.raises(ValueError, match=r"16 does not divide the 8 examples of a dev"):
         train(over_devices(make_step(tx, axis_name="data")), tx)
+    tx = optax_sam.sharpness_aware(
+        base(), RADIUS, sync_ascent=False, micro_batch_size=BATCH
+    )
+    with pytest.raises(ValueError, match=r"64 does not divide the 8 examples of a dev"):
+        train(over_devices(make_step(tx, axis_name="data")), tx)
 
 
 def noisy_loss(params, batch, key):
@@ -148,6 +153,20 @@ def test_every_optimizer_gets_means_over_devices(tx, check_vma):
     step = over_devices(make_step(tx, axis_name="data"), check_vma=check_vma)
     actual = train(step, tx, steps=5)
     problems.assert_trees_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+@checks
+def test_the_gradient_of_a_function_of_the_value_is_a_mean_over_devices(check_vma):
+    def update_fn(updates, state, params, *, value_fn):
+        del updates
+        return jax.grad(lambda p: -3 * value_fn(p) ** 2)(params), state
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    state = tx.init(PROBLEM.params)
+    expected = jax.jit(make_step(tx))(PROBLEM.params, state, PROBLEM.batch)
+    step = over_devices(make_step(tx, axis_name="data"), check_vma=check_vma)
+    actual = jax.jit(step)(PROBLEM.params, state, PROBLEM.batch)
+    problems.assert_trees_close(actual, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_the_first_examples_are_those_of_the_first_devices():
