@@ -5,11 +5,24 @@ import os
 # before JAX starts; the newest versions are tested at the default one, see .ci/run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# How many cases each property is tried on, the same in every run.
+for tier, max_examples in {"default": 15, "full": 20}.items():
+    hypothesis.settings.register_profile(
+        tier,
+        max_examples=max_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        # A seed shrinks to nothing simpler, and a step takes long to compile.
+        phases=(hypothesis.Phase.generate,),
+    )
 
 # What is about Flax, or uses the examples, which need it.
 NEED_FLAX = [
@@ -34,6 +47,8 @@ def pytest_configure(config):
 
     Many tests, and all that run again, share their programs.
     """
+    tier = "default" if config.option.markexpr == "not full" else "full"
+    hypothesis.settings.load_profile(tier)
     if importlib.util.find_spec("flax") is None:
         paths = [str(config.rootpath / path) for path in NEED_FLAX]
         config.option.ignore = [*(config.option.ignore or ()), *paths]

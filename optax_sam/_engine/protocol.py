@@ -235,7 +235,11 @@ def as_gradient(name: str, gradient: Any, params: optax.Params) -> optax.Updates
     What Flax's variables hold is taken out of them: the gradient with respect to a
     model that is merged from arrays has variables where these have arrays.
     """
-    if type(gradient) is tuple and _paths(params) in map(_paths, gradient):
+    expected = _paths(params)
+    if _paths(gradient) == expected:
+        structure, leaves = jax.tree.structure(params), jax.tree.leaves(gradient)
+        gradient = jax.tree.unflatten(structure, leaves)
+    elif type(gradient) is tuple and expected in map(_paths, gradient):
         refuse(
             "sharpness_aware",
             f"{name} must be a gradient alone, a tree like params",
@@ -243,9 +247,6 @@ def as_gradient(name: str, gradient: Any, params: optax.Params) -> optax.Updates
             "take it out of the tuple that jax.value_and_grad(...), and jax.grad(..., "
             "has_aux=True), return; grad_fn=jax.grad(...) gives it alone",
         )
-    if _paths(gradient) == _paths(params):
-        structure, leaves = jax.tree.structure(params), jax.tree.leaves(gradient)
-        gradient = jax.tree.unflatten(structure, leaves)
     remedy = "Take the gradient with respect to the same tree that is passed as params."
     check_like(name, gradient, params, remedy)
     return gradient
