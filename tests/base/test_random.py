@@ -45,7 +45,9 @@ def test_draws_of_successive_keys_are_independent():
     assert np.abs(off - 1 / 16).max() < 5 * np.sqrt(1 / 16 / num)
 
 
-@pytest.mark.parametrize("other", [(6, 8), (4, 9), (5, 8), (5 + 2**31, 6)])
+@pytest.mark.parametrize(
+    "other", [(6, 8), (5 + 2**31, 7), (4, 9), (5, 8), (5 + 2**31, 6)]
+)
 def test_draws_of_other_words_are_not_moved_ones(other):
     first, second = (
         np.asarray(random.bits(random.with_origin(jnp.array(pair, "uint32")), (4096,)))
@@ -53,6 +55,10 @@ def test_draws_of_other_words_are_not_moved_ones(other):
     )
     for shift in (-1, 0, 1):
         assert np.mean(np.roll(first, shift) == second) < 0.01
+
+
+def test_strides_of_more_than_16_bits():
+    assert np.unique(drawn(0, (3, 1 << 16))).size == 3 << 16
 
 
 def test_words_of_a_leaf_do_not_hang_on_how_many_follow():

@@ -241,7 +241,7 @@ def test_the_sum_over_devices_may_exceed_half_precision(check_vma):
     np.testing.assert_allclose(updates, [-2e4], rtol=1e-3)
 
 
-@pytest.mark.parametrize("sync", defaults([True, False], [True]))
+@pytest.mark.parametrize("sync", defaults([True, False], [False]))
 def test_one_bad_device_keeps_all_from_ascending(sync):
     tx = optax_sam.sharpness_aware(
         optax.apply_if_finite(base(), 5), ASCENTS["vasso"], sync_ascent=sync

@@ -80,6 +80,15 @@ def test_training_goes_on_after_a_bad_gradient(order, leaf, bad):
     assert set(counts) == {2}
 
 
+def test_what_a_mask_drops_before_anything_reads_it_need_not_be_finite():
+    params, state, step = perturbing_by("mask radius")
+    expected, after = step(params, state)
+    spoilt = params | {"b": np.full_like(params["b"], np.nan)}
+    actual, after_spoilt = step(spoilt, state)
+    problems.assert_trees_equal(actual, expected)
+    problems.assert_trees_equal(after_spoilt.ascent_state, after.ascent_state)
+
+
 def test_an_average_that_overflows_its_dtype_is_clipped():
     tx = optax_sam.vasso(optax.sgd(0.1), 0.1, 0.5, accumulator_dtype=jnp.float16)
     params = np.ones(3, np.float32)
