@@ -118,30 +118,34 @@ def tree_of(chain):
 
 
 def draw_tree(spec, seed, scale, leading=()):
-    """Normal numbers, on the host, of the shapes and dtypes of a tree.
-
-    In 64ths, whose sums are exact in any order: compilers add up as they like.
-    """
+    """Normal numbers, on the host, of the shapes and dtypes of a tree."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: np.asarray(
-            np.round(64 * scale * rng.normal(size=(*leading, *x[0]))) / 64, x[1]
-        ),
+        lambda x: np.asarray(scale * rng.normal(size=(*leading, *x[0])), x[1]),
         spec,
         is_leaf=is_spec,
     )
 
 
+@jax.custom_jvp
+def rounded(x):
+    return jnp.round(1024 * x) / 1024
+
+
+rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+
+
 def losses(params, batch):
     """Huber's, of any scale.
 
-    Their gradients have no product that could be rounded before a sum or with it, so
-    that two programs give the same bits.
+    Their gradients are sums of multiples of 2**-10, exact in any order, so that two
+    programs give the same bits however compilers add up.
     """
     points, scale = batch
 
     def of_leaf(w, x):
-        each = optax.losses.huber_loss(jnp.asarray(w)[None].astype(f32), x.astype(f32))
+        distances = rounded(jnp.asarray(w)[None].astype(f32) - x.astype(f32))
+        each = optax.losses.huber_loss(distances)
         return jnp.sum(each, axis=tuple(range(1, each.ndim)))
 
     terms = jax.tree.leaves(jax.tree.map(of_leaf, params, points))
@@ -382,8 +386,13 @@ def test_a_factor_of_the_loss_does_not_change_the_perturbation(chain, data, fact
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, after)))
 
 
-NEUTRAL_CHAINS = [chain for chain in CHAINS if " " in chain]
-NEUTRAL_DEFAULT = ("static reweight average radius", "average adapt fisher")
+# Those of several links, with ASAM's scale of two only.
+NEUTRAL_CHAINS = [
+    chain
+    for chain in CHAINS
+    if " " in chain and ("adapt" not in chain or chain.count(" ") == 1)
+]
+NEUTRAL_DEFAULT = ("static reweight average radius", "adapt fisher")
 
 
 @pytest.mark.parametrize("chain", in_default_tier(NEUTRAL_CHAINS, NEUTRAL_DEFAULT))
