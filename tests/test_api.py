@@ -32,9 +32,9 @@ m_sam(base, rho, micro_batch_size, *, micro_batches_at_once=1)
 n_m(n, m, axis=-1)
 perturb_only(mask)
 reweight_by_sharpness(strength, *, key, delta=0.0001, num_probes=1,
-    estimator='finite_difference', normalize=False)
+    estimator='auto', normalize=False)
 rw_sam(base, rho, strength, *, key=0, delta=0.0001, num_probes=1,
-    estimator='finite_difference', normalize=False)
+    estimator='auto', normalize=False)
 sam(base, rho)
 scale_to_radius(rho)
 select_layers(*layers)

@@ -62,8 +62,12 @@ def make_slopes(model: ResNet) -> Callable[..., jax.Array]:
     def slopes(
         params: Any, batch: Split, key: jax.Array, delta: float | None
     ) -> jax.Array:
-        given: Any = {"estimator": "jvp"} if delta is None else {"delta": delta}
-        link = optax_sam.reweight_by_sharpness(0.0, key=key, **given)
+        link = optax_sam.reweight_by_sharpness(
+            0.0,
+            key=key,
+            delta=delta or 1.0,
+            estimator="jvp" if delta is None else "finite_difference",
+        )
 
         def slope(example: Split) -> jax.Array:
             # The mean over a batch of one; the gradient is not used, hence not taken.

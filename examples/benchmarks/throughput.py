@@ -75,10 +75,6 @@ def make_rows(options: Options) -> Mapping[str, Row]:
     fisher = optax_sam.sparse_sam(
         BASE, RHO, optax_sam.unstructured(0.5), refresh_every=1000
     )
-    # In half precision differences of losses are rounding.
-    estimator: Literal["jvp", "finite_difference"] = (
-        "jvp" if options.dtype == "bfloat16" else "finite_difference"
-    )
     size = options.batch_size // 4
     return {
         SGD: engine(BASE),
@@ -91,9 +87,7 @@ def make_rows(options: Options) -> Mapping[str, Row]:
         "SSAM-D, half": engine(dynamic),
         "static: last block": static(f"BasicBlock_{blocks - 1}", "Dense_0"),
         "static: first block": static("BasicBlock_0"),
-        f"RW-SAM, {estimator}"[:20]: engine(
-            optax_sam.rw_sam(BASE, RHO, strength=0.1, estimator=estimator)
-        ),
+        "RW-SAM": engine(optax_sam.rw_sam(BASE, RHO, strength=0.1)),
         f"m-SAM, m = {size}": engine(optax_sam.m_sam(BASE, RHO, size)),
     }
 

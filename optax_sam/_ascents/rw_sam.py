@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
-from optax_sam._base import random, trees
+from optax_sam._base import precision, random, trees
 from optax_sam._base.checks import called, calling, checked
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
@@ -28,6 +28,8 @@ from optax_sam._base.losses import check_per_example, linearise, uniform_weights
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
+_Losses: TypeAlias = Callable[[list[jax.Array]], jax.Array]
+
 
 def rw_sam(
     base: optax.GradientTransformation,
@@ -37,7 +39,7 @@ def rw_sam(
     key: KeyLike = 0,
     delta: ScalarOrSchedule = 1e-4,
     num_probes: int = 1,
-    estimator: Literal["finite_difference", "jvp"] = "finite_difference",
+    estimator: Literal["auto", "finite_difference", "jvp"] = "auto",
     normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RW-SAM: SAM that ascends along the gradients of the steepest examples.
@@ -61,8 +63,8 @@ def rw_sam(
       key: An int or JAX PRNG key.
       delta: Step of the finite difference; see :func:`reweight_by_sharpness`.
       num_probes: Number of random directions.
-      estimator: `"finite_difference"`, or `"jvp"`, which is exact and the one to use in
-        bfloat16, at a third of a base step more.
+      estimator: `"finite_difference"`, or `"jvp"`, which is exact, at a third of a base
+        step more; `"auto"` takes the first where the loss is computed in float32.
       normalize: Whether to divide the slopes by their mean, so that `strength` has no
         unit.
 
@@ -107,7 +109,7 @@ def reweight_by_sharpness(
     key: KeyLike,
     delta: ScalarOrSchedule = 1e-4,
     num_probes: int = 1,
-    estimator: Literal["finite_difference", "jvp"] = "finite_difference",
+    estimator: Literal["auto", "finite_difference", "jvp"] = "auto",
     normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights the examples by how steep their losses are: the direction of RW-SAM.
@@ -127,29 +129,36 @@ def reweight_by_sharpness(
     :func:`perturb_only` belongs before: leaves that are absent there are neither probed
     nor returned. A probe costs a third of a base step; with "jvp", two thirds.
 
+    Differences of losses that were rounded to bfloat16 on the way are noise. By default
+    the loss is therefore looked at, in its jaxpr: where it computes below float32,
+    slopes are exact. On TPUs and GPUs they also are where it has products of float32 in
+    JAX's default precision, which rounds the factors there; with
+    `jax.default_matmul_precision("highest")` differences do.
+
     Args:
       strength: :math:`\lambda \ge 0`, in units of :math:`1 / s_i`. A scalar, or a
         schedule of the count of steps.
       key: An int or a JAX PRNG key. Signs depend on it and the count of steps alone.
-      delta: Step :math:`\delta > 0` of each parameter, in its units and its dtype: in
-        half precision it is rounded away, use "jvp". A scalar, or a schedule.
+      delta: Step :math:`\delta > 0` of each parameter, in its units and its dtype, for
+        differences. A scalar, or a schedule.
       num_probes: Number of :math:`z`; :math:`s_i` is the root mean square over them.
-      estimator: "finite_difference", or "jvp" for :math:`z^\top \nabla f_i(x)` itself.
+      estimator: "finite_difference", "jvp" for :math:`z^\top \nabla f_i(x)` itself, or
+        "auto" for the former where the loss is computed in float32 or wider.
       normalize: Whether to divide :math:`s` by its mean; no scale of the loss matters.
 
     Returns:
       A link of an ascent for :func:`optax_sam.sharpness_aware`. Its update needs
       `params`, a tree of arrays of any shapes, and `loss_fn` and `batch`, which give
       losses [B]; the result has the parameters' shapes and dtypes. Without `losses` and
-      `pullback` the clean forward pass is run again, a third of a base step. With
-      :mod:`optax_sam.implicit` in the clean pass, "jvp" is not to be had.
+      `pullback` the clean forward pass is run again, a third of a base step. Functions
+      with a `jax.custom_vjp`, as in :mod:`optax_sam.implicit`, have no exact slopes.
 
     Raises:
       TypeError: If `strength` or `delta` is neither a real scalar nor callable, `key`
         no key, `num_probes` no integer or `normalize` no bool.
       ValueError: If one of them is out of range or `estimator` unknown; in update, if
-        `params`, `loss_fn` or `batch` is missing, the loss is a scalar, or a link
-        before has changed the gradient.
+        `params`, `loss_fn` or `batch` is missing, the loss is a scalar, a link before
+        has changed the gradient, or "auto" wants exact slopes that are not to be had.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -170,7 +179,7 @@ def reweight_by_sharpness(
     delta_at = as_schedule(owner, "delta", delta, low=1e-37)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
     check_bool(owner, "normalize", normalize)
-    check_choice(owner, "estimator", estimator, ("finite_difference", "jvp"))
+    check_choice(owner, "estimator", estimator, ("auto", "finite_difference", "jvp"))
     seed = as_key(owner, key)
 
     def init_fn(params: optax.Params) -> ReweightBySharpnessState:
@@ -222,7 +231,8 @@ def reweight_by_sharpness(
             losses,
             updates,
             key_at(seed, state.key, state.count),
-            None if estimator == "jvp" else delta_at(state.count),
+            estimator,
+            delta_at(state.count),
             num_probes,
         )
         uniform = uniform_weights(losses).astype(slopes.dtype)
@@ -271,10 +281,11 @@ def _slopes(
     clean: jax.Array,
     updates: optax.Updates,
     key: jax.Array,
-    delta: Any,
+    estimator: str,
+    delta: jax.Array,
     num_probes: int,
 ) -> jax.Array:
-    """Derivatives of the losses along random signs, [probes, B]; exact without delta.
+    """Derivatives of the losses along random signs, [probes, B].
 
     Only the leaves that are present in `updates` are moved.
     """
@@ -284,29 +295,71 @@ def _slopes(
     probed = [i for i, absent in enumerate(marks) if not absent]
     x = [leaves[i] for i in probed]
 
-    def losses_of(x: list[jax.Array]) -> jax.Array:
+    def merged_losses(x: list[jax.Array]) -> jax.Array:
         merged = dict(enumerate(leaves)) | dict(zip(probed, x, strict=True))
         return losses_at(jax.tree.unflatten(structure, merged.values()))
+
+    losses_of: _Losses = merged_losses
+    if estimator == "auto":
+        losses_of, estimator = _suited(merged_losses, x)
 
     def difference(z: list[jax.Array]) -> Any:
         near = jax.tree.map(lambda a, b: a + b * delta.astype(b.dtype), x, z)
         change = losses_of(near).astype(wide) - clean.astype(wide)
         return change / delta.astype(wide)
 
-    derivative = difference
-    if delta is None:  # The primal part is the clean pass: XLA shares it.
-        derivative = jax.linearize(losses_of, x)[1]
+    def along_signs(derivative: Callable[[list[jax.Array]], Any]) -> jax.Array:
+        def slopes(probe: jax.Array | int) -> Any:
+            # Words for all leaves: those that are absent change no other's signs.
+            words = random.words(jax.random.fold_in(key, probe), len(leaves))
+            signs = [_signs(words[i], like) for i, like in zip(probed, x, strict=True)]
+            return derivative(vary_like(signs, x)).astype(wide)
 
-    def slopes_along_signs(probe: jax.Array | int) -> Any:
-        # Words for all leaves: those that are absent change no other's signs.
-        words = random.words(jax.random.fold_in(key, probe), len(leaves))
-        signs = [_signs(words[i], like) for i, like in zip(probed, x, strict=True)]
-        return derivative(vary_like(signs, x)).astype(wide)
+        if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
+            return jnp.expand_dims(slopes(0), 0)
+        return jnp.asarray(jax.lax.map(slopes, jnp.arange(num_probes)))
 
-    if num_probes == 1:  # Not in a loop: XLA on the CPU is slow at those.
-        return jnp.expand_dims(slopes_along_signs(0), 0)
-    slopes: jax.Array = jax.lax.map(slopes_along_signs, jnp.arange(num_probes))
-    return slopes
+    def differences() -> jax.Array:
+        return along_signs(difference)
+
+    def exact() -> jax.Array:
+        # The primal part is the clean pass: XLA shares it.
+        return along_signs(jax.linearize(losses_of, x)[1])
+
+    estimators = {"finite_difference": differences, "jvp": exact}
+    if estimator in estimators:
+        return estimators[estimator]()
+    of_platform: Any = jax.lax.platform_dependent
+    return jnp.asarray(of_platform(cpu=differences, default=exact))
+
+
+def _suited(losses_of: _Losses, x: list[jax.Array]) -> tuple[_Losses, str]:
+    """The losses, traced once, and the estimator for the precision they have.
+
+    That is "auto" where it is for the platform to say.
+    """
+    closed: Any = jax.make_jaxpr(losses_of)(x)
+    evaluate: Any = jax.core.eval_jaxpr
+
+    def traced(x: list[jax.Array]) -> jax.Array:
+        losses: jax.Array = evaluate(closed.jaxpr, closed.consts, *x)[0]
+        return losses
+
+    low = precision.is_below_float32(closed.jaxpr)
+    by_platform = precision.has_platforms_precision(closed.jaxpr)
+    only_backward = precision.without_forward_mode(closed.jaxpr)
+    if only_backward and (low or (by_platform and jax.default_backend() != "cpu")):
+        raise ValueError(
+            "reweight_by_sharpness: loss_fn computes in less than float32, where "
+            "differences of losses are rounding noise, and the exact slopes are not to "
+            f"be had, since {only_backward[0]} has a jax.custom_vjp; give it a "
+            "jax.custom_jvp, compute in float32 (with jax.default_matmul_precision("
+            "'highest'), unless on a CPU), or pass estimator='finite_difference' and a "
+            "delta that you have tried."
+        )
+    if low:
+        return traced, "jvp"
+    return traced, "auto" if by_platform and not only_backward else "finite_difference"
 
 
 def _gibbs(

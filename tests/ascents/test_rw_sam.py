@@ -145,8 +145,75 @@ def test_jvp_works_in_bfloat16_where_differences_do_not():
         params=jax.tree.map(lambda x: x.astype(jnp.float32), problem.params)
     )
     exact = slopes(wide, estimator="jvp")
-    assert np.abs(slopes(problem, estimator="jvp") - exact).sum() < 0.1 * exact.sum()
-    assert np.abs(slopes(problem) - exact).sum() > 0.5 * exact.sum()
+    for estimator in ("jvp", "auto"):
+        error = np.abs(slopes(problem, estimator=estimator) - exact).sum()
+        assert error < 0.1 * exact.sum()
+    differences = slopes(problem, estimator="finite_difference")
+    assert np.abs(differences - exact).sum() > 0.5 * exact.sum()
+
+
+def computing_in(dtype, problem):
+    """The problem with float32 parameters and losses, and all between in a dtype."""
+
+    def loss_fn(params, batch):
+        half = jax.tree.map(lambda p: p.astype(dtype), params)
+        losses = problem.loss_fn(half, (batch[0].astype(dtype), batch[1]))
+        return losses.astype(jnp.float32)
+
+    return problem._replace(loss_fn=loss_fn)
+
+
+def test_the_default_is_right_for_computation_in_bfloat16():
+    problem = problems.perceptron(sizes=(16, 64, 64, 4), batch_size=64)
+    half = computing_in(jnp.bfloat16, problem)
+    link = reweight_by_sharpness(0.1, key=0)
+    size = float(problems.ascend(link, half)[1].effective_sample_size)
+    expected = float(problems.ascend(link, problem)[1].effective_sample_size)
+    assert size == pytest.approx(expected, rel=0.1)
+    link = reweight_by_sharpness(0.1, key=0, estimator="finite_difference")
+    noise = float(problems.ascend(link, half)[1].effective_sample_size)
+    assert noise < 0.3 * expected
+
+
+def test_the_default_goes_by_the_platform_where_products_do():
+    """Of float32: TPUs and GPUs round their factors unless they are told not to."""
+    problem = problems.perceptron()
+    rest = {"loss_fn": problem.loss_fn, "batch": problem.batch}
+
+    def num_products(platform, **kwargs):
+        link = reweight_by_sharpness(1.0, key=0, **kwargs)
+        run = jax.jit(lambda p: link.update(p, link.init(p), p, **rest))
+        traced = run.trace(problem.params)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("dot_gen")
+
+    def all_of(platform):
+        estimators = ("auto", "finite_difference", "jvp")
+        return [num_products(platform, estimator=name) for name in estimators]
+
+    auto, differences, exact = all_of("cpu")
+    assert auto == differences < exact
+    for platform in ("tpu", "cuda"):
+        auto, differences, exact = all_of(platform)
+        assert differences < exact == auto
+        with jax.default_matmul_precision("highest"):
+            assert num_products(platform) == differences
+
+
+def test_losses_that_have_no_exact_slopes():
+    @jax.custom_vjp
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(x.dtype)
+
+    rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (g,))
+    problem = problems.perceptron()
+
+    def loss_fn(params, batch):
+        return problem.loss_fn(jax.tree.map(rounded, params), batch)
+
+    with pytest.raises(ValueError, match=r"reweight_by_sharpness: .* rounded has a"):
+        problems.ascend(
+            reweight_by_sharpness(1.0, key=0), problem._replace(loss_fn=loss_fn)
+        )
 
 
 BASE = optax.sgd(0.1, momentum=0.9)

@@ -64,12 +64,6 @@ def test_defaults_are_those_of_the_data_set_and_the_method():
     assert (adamw.learning_rate, adamw.weight_decay) == (1e-3, 1e-2)
 
 
-def test_half_precision_takes_exact_slopes():
-    half = parse(["--dtype", "bfloat16", "--method", "rw_sam+vasso"])
-    assert config.default_hyperparameters(half, 16) == {"rw_sam": {"estimator": "jvp"}}
-    assert not config.default_hyperparameters(parse(["--method", "rw_sam"]), 16)
-
-
 @pytest.mark.parametrize("suffix", [".json", ".toml"])
 def test_flags_come_before_the_file_and_that_before_the_defaults(tmp_path, suffix):
     path = tmp_path / f"settings{suffix}"

@@ -177,7 +177,11 @@ METHODS: Mapping[str, Method] = {
     "dynamic": Method(library(dynamic), "mask_by_hand"),
     "rw_sam_by_hand": Method(rw_sam_by_hand),
     "rw_sam": Method(
-        library(lambda _, base: optax_sam.rw_sam(base, RHO, strength=STRENGTH)),
+        library(
+            lambda _, base: optax_sam.rw_sam(
+                base, RHO, strength=STRENGTH, estimator="finite_difference"
+            )
+        ),
         "rw_sam_by_hand",
     ),
     "rw_sam_jvp": Method(

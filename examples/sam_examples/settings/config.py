@@ -176,9 +176,6 @@ def default_hyperparameters(config: Config, steps_per_epoch: int) -> Hyperparame
             of_dataset[method] = {**values, "rho": rho * values["rho"]}
             if "refresh_every" in METHODS[method]:
                 of_dataset[method]["refresh_every"] = steps_per_epoch
-    if config.dtype == "bfloat16":
-        # Differences of losses that were computed in half precision are rounding.
-        of_dataset.setdefault("rw_sam", {})["estimator"] = "jvp"
     return of_dataset
 
 

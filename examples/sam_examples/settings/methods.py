@@ -82,7 +82,7 @@ METHODS: Hyperparameters = {
         "strength": 0.1,
         "num_probes": 1,
         "delta": 1e-4,
-        "estimator": "finite_difference",
+        "estimator": "auto",
         "normalize": False,
     },
     "m_sam": {"rho": 0.5, "micro_batch_size": 16},
