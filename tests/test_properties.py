@@ -70,11 +70,14 @@ SCALES, MASKS = ("radius", "adapt"), ("static", "fisher", "dynamic")
 
 
 def is_legal(links):
-    """One scale, a mask at most; reweighting replaces all but what is absent before."""
-    num_scales = len({*links} & {*SCALES})
+    """One scale and a mask at most; reweighting replaces all but what is absent before.
+
+    ASAM's scale has its place where SAM's has, and is tried in shorter chains.
+    """
+    scales, masks = ({*links} & {*kind} for kind in (SCALES, MASKS))
     before = links[: links.index("reweight")] if "reweight" in links else ()
-    masks = {*links} & {*MASKS}
-    return num_scales == 1 and len(masks) < 2 and {*before} <= {"static"}
+    short = "adapt" not in links or len(links) < 3
+    return short and len(scales) == 1 and len(masks) < 2 and {*before} <= {"static"}
 
 
 CHAINS = [
@@ -386,12 +389,7 @@ def test_a_factor_of_the_loss_does_not_change_the_perturbation(chain, data, fact
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, after)))
 
 
-# Those of several links, with ASAM's scale of two only.
-NEUTRAL_CHAINS = [
-    chain
-    for chain in CHAINS
-    if " " in chain and ("adapt" not in chain or chain.count(" ") == 1)
-]
+NEUTRAL_CHAINS = [chain for chain in CHAINS if " " in chain]
 NEUTRAL_DEFAULT = ("static reweight average radius", "adapt fisher")
 
 
