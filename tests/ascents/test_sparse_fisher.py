@@ -69,6 +69,7 @@ def test_masks_are_made_anew_every_so_many_steps_and_from_the_first():
         params = PROBLEM.params if step == 0 else elsewhere()
         _, state = update(link, state, params=params)
         problems.assert_trees_equal(state.mask, first if step < 3 else second)
+        assert state.since == step - step % 3
         assert state.count == step + 1
 
 

@@ -359,6 +359,16 @@ def test_filters_of_directions_are_as_long_as_those_of_the_weights(orthogonal):
     problems.assert_trees_close(again[0], directions[0], rtol=1e-6)
 
 
+def test_directions_without_an_orthogonal_one_left_are_zero():
+    """Rather than what rounding leaves."""
+    params = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    *_, second, third = diagnostics.filter_normalized_directions(
+        params, key=0, count=3, orthogonal=True
+    )
+    assert np.all(np.any(second, axis=0))
+    assert not np.any(third)
+
+
 OUTSIDE = {
     "eigenvalues": lambda *at: (
         diagnostics.top_eigenvalues(*at, iterations=6, key=0).values

@@ -176,3 +176,9 @@ def test_unknown_units_and_axes():
     for axis in (2, -3):
         with pytest.raises(ValueError, match=r"scores\['w'\] .* no axis"):
             optax_sam.n_m(2, 4, axis=axis)({"w": jnp.ones((4, 4))})
+
+
+def test_nan_is_not_kept_in_a_group_that_has_too_few_others():
+    scores = np.float32([[1, np.nan, np.nan, np.nan, 4, 3, 2, 1]])
+    mask = jax.jit(optax_sam.n_m(2, 4))(scores)
+    np.testing.assert_array_equal(mask, [[1, 0, 0, 0, 1, 1, 0, 0]])

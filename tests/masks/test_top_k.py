@@ -159,3 +159,9 @@ def test_copies_on_all_devices_are_counted_without_a_word():
 def test_count_true():
     assert top_k.count_true({"a": jnp.array([True, False, True]), "b": ()}) == 2
     assert top_k.count_true({}) == 0
+
+
+def test_none_are_selected_not_even_the_largest_integer():
+    scores = [jnp.full(3, 2**32 - 1, jnp.uint32)]
+    assert not np.any(top_k.largest(scores, 0))
+    assert np.sum(top_k.largest(scores, 1)) == 1
