@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -137,19 +138,25 @@ def sparsify_by_fisher(
     in the steps between.
 
     The scores are those of `loss_fn`, or of `scoring_loss_fn(params, batch)` where
-    update gets one, as from `value_and_update(..., scoring_loss_fn=...)`. Models with
-    batch normalisation want one, with the model in evaluation mode: see
-    :func:`fisher_diagonal`.
+    update gets one, as from `value_and_update(..., scoring_loss_fn=...)`: that of a
+    model in evaluation mode, say.
+
+    An example that is normalised by itself, or has the dropout of a batch of one, has
+    other gradients than in its batch. Whether gradients of single examples add up to
+    that of the examples together is therefore tried on a few whenever a mask is made,
+    and where they do not, within a tenth, scores are by probes.
 
     Args:
       pattern: From scores to masks, such as :func:`unstructured`.
       refresh_every: Steps between masks, at least 1.
       num_examples: The first so many examples of the batch are scored; all of a smaller
         batch.
-      estimator: `"per_example"` for gradients of single examples, which is exact, or
-        `"probes"` for the gradients of randomly signed sums of losses, which needs no
-        gradient of a single example and, without a scoring loss, no forward pass.
-      chunk_size: Examples whose gradients are in memory at once, for `"per_example"`.
+      estimator: `"per_example"` for gradients of single examples, which is exact where
+        they add up, or `"probes"` for the gradients of randomly signed sums of losses,
+        which needs no gradient of a single example and, without a scoring loss, no
+        forward pass.
+      chunk_size: Examples whose gradients are in memory at once, for `"per_example"`;
+        so many, and at least two, are tried.
       num_probes: Draws of signs to average over, for `"probes"`, each a backward pass.
       key: An int or JAX PRNG key, for `"probes"`.
 
@@ -226,8 +233,9 @@ def sparsify_by_fisher(
 
         def new_mask() -> chex.ArrayTree:
             draws = key_at(seed, state.key, state.count)
-            fisher_diagonal = fisher(loss_fn, params, batch, clean, draws, axis_name)
-            scores = masking.present(fisher_diagonal, updates)
+            add_up = partial(_add_up, owner, updates)
+            scores = fisher(loss_fn, params, batch, clean, draws, axis_name, add_up)
+            scores = masking.present(scores, updates)
             return masking.check(f"{owner}: pattern(scores)", pattern(scores), scores)
 
         due = state.count % refresh_every == 0
@@ -267,18 +275,21 @@ def _estimator(
     chunk_size = check_integer(owner, "chunk_size", chunk_size, low=1, static=True)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
 
-    def scores(
+    def from_examples(
+        loss_fn: Any, params: Any, batch: Any, axis_name: Any
+    ) -> chex.ArrayTree:
+        return fisher.fisher_diagonal(
+            loss_fn,
+            params,
+            batch,
+            num_examples=num_examples,
+            chunk_size=chunk_size,
+            axis_name=axis_name,
+        )
+
+    def from_probes(
         loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
     ) -> chex.ArrayTree:
-        if estimator == "per_example":
-            return fisher.fisher_diagonal(
-                loss_fn,
-                params,
-                batch,
-                num_examples=num_examples,
-                chunk_size=chunk_size,
-                axis_name=axis_name,
-            )
         losses, pullback = clean
         if losses is None or pullback is None:
             # Of several devices every one has to know how many the others have.
@@ -292,4 +303,54 @@ def _estimator(
             losses, pullback, num_examples, num_probes, key, axis_name
         )
 
+    def scores(
+        loss_fn: Any,
+        params: Any,
+        batch: Any,
+        clean: Any,
+        key: Any,
+        axis_name: Any,
+        add_up: Callable[..., jax.Array],
+    ) -> chex.ArrayTree:
+        exact = partial(from_examples, loss_fn, params, batch, axis_name)
+        probed = partial(from_probes, loss_fn, params, batch, clean, key, axis_name)
+        if estimator == "probes":
+            return probed()
+        devices = Devices(axis_name)
+        few = fisher.first_examples(owner, batch, max(2, chunk_size))
+        alike = devices.all(add_up(loss_fn, devices.vary(params), few))
+        return jax.lax.cond(alike, exact, probed)
+
     return scores
+
+
+def _add_up(
+    owner: str,
+    updates: optax.Updates,
+    loss_fn: Callable[..., jax.Array],
+    params: optax.Params,
+    examples: Any,
+) -> jax.Array:
+    """Whether gradients of single examples add up to that of the examples together.
+
+    They do where no loss hangs on other examples, up to rounding in half precision.
+    """
+
+    def together(params: optax.Params) -> jax.Array:
+        return jnp.mean(check_per_example(owner, loss_fn(params, examples)))
+
+    def alone(params: optax.Params) -> jax.Array:
+        def loss(example: Any) -> jax.Array:
+            batch = jax.tree.map(lambda x: x[None], example)
+            return check_per_example(owner, loss_fn(params, batch), 1)[0]
+
+        return jnp.mean(jax.vmap(loss)(examples))
+
+    def gradient(loss: Callable[[optax.Params], jax.Array]) -> chex.ArrayTree:
+        wide = jax.tree.map(lambda g: g.astype(float), jax.grad(loss)(params))
+        return masking.present(wide, updates)
+
+    whole = gradient(together)
+    error = optax.tree.norm(optax.tree.sub(whole, gradient(alone)))
+    near: jax.Array = error <= 0.1 * optax.tree.norm(whole)
+    return near

@@ -1,5 +1,7 @@
 """Batch normalisation in steps of devices that share a batch."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -32,6 +34,38 @@ def norm_loss_fn(model):
         return losses, updated["batch_stats"]
 
     return loss_fn
+
+
+@cover(across_examples=[True, False], default=("True",))
+def test_scores_of_examples_that_are_normalised_together_are_by_probes(across_examples):
+    """Alone they would have no variance: all of the first layer, none of the second."""
+    model = Net() if across_examples else nn.Sequential([nn.Dense(16), nn.Dense(8)])
+    variables = jax.jit(model.init)(jax.random.key(0), PROBLEM.batch[0])
+    pattern = optax_sam.unstructured(0.5)
+
+    def loss_fn(params, batch):
+        if across_examples:
+            statistics = variables["batch_stats"]
+            return norm_loss_fn(model)(params, batch, statistics)[0]
+        logits = model.apply({"params": params}, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+
+    def mask(params, batch, estimator="per_example"):
+        options = {"refresh_every": 2, "num_probes": 2, "estimator": estimator}
+        link = optax_sam.sparsify_by_fisher(pattern, **options)
+        arguments = {"loss_fn": loss_fn, "batch": batch}
+        return link.update(params, link.init(params), params, **arguments)[1].mask
+
+    @jax.jit
+    def exact(params, batch):
+        return pattern(optax_sam.fisher_diagonal(loss_fn, params, batch))
+
+    params = variables["params"]
+    found = jax.jit(mask)(params, PROBLEM.batch)
+    probes = jax.jit(functools.partial(mask, estimator="probes"))
+    expected, other = (probes, exact) if across_examples else (exact, probes)
+    problems.assert_trees_equal(found, expected(params, PROBLEM.batch))
+    problems.assert_trees_differ(found, other(params, PROBLEM.batch))
 
 
 @cover(across=[True, False], check_vma=[True, False], default=("True-False",))

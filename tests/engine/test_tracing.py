@@ -65,7 +65,7 @@ ASCENTS = {
         optax.chain(
             RADIUS, optax_sam.sparsify_by_fisher(optax_sam.unstructured(0.5), **FISHER)
         ),
-        3,
+        5,  # Of a few examples together and alone, whether they add up.
     ),
     "fisher, chunks and a rest": (
         optax.chain(
@@ -74,7 +74,7 @@ ASCENTS = {
                 optax_sam.unstructured(0.5), **FISHER | {"chunk_size": 3}
             ),
         ),
-        3,
+        5,
     ),
     "fisher probes": (
         optax.chain(
