@@ -65,3 +65,13 @@ def test_words_of_a_leaf_do_not_hang_on_how_many_follow():
     few, many = (random.words(jax.random.key(3), num) for num in (2, 9))
     np.testing.assert_array_equal(few, many[:2])
     assert jnp.issubdtype(few.dtype, jnp.uint32)
+
+
+def test_leaves_share_one_barrier():
+    """One for each leaf would take a kernel for each on a GPU."""
+
+    def draw(key):
+        return [random.bits(words, (4,)) for words in random.words(key, 3)]
+
+    program = str(jax.make_jaxpr(draw)(jax.random.key(0)))
+    assert program.count("optimization_barrier") == 1
