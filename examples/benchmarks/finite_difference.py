@@ -65,7 +65,7 @@ def make_slopes(model: ResNet) -> Callable[..., jax.Array]:
         link = optax_sam.reweight_by_sharpness(
             0.0,
             key=key,
-            delta=delta or 1.0,
+            delta=1.0 if delta is None else delta,
             estimator="jvp" if delta is None else "finite_difference",
         )
 
