@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 # How many cases each property is tried on, the same in every run.
-for tier, max_examples in {"default": 15, "full": 10}.items():
+for tier, max_examples in {"default": 16, "full": 10}.items():
     hypothesis.settings.register_profile(
         tier,
         max_examples=max_examples,

@@ -461,7 +461,7 @@ def compiled_by_hand(chain, base, size):
     return step
 
 
-@pytest.mark.parametrize("chain", in_default_tier(MICRO_CHAINS, ("adapt fisher",)))
+@pytest.mark.parametrize("chain", in_default_tier(MICRO_CHAINS, ()))
 @given(data=st.data())
 def test_eight_devices_are_one(chain, data):
     case = data.draw(cases(chain))
