@@ -127,7 +127,10 @@ def scale_to_norm(
     scale, total = jnp.asarray(scales[-1]), totals[-1]
     for smaller, its_total in zip(scales[-2::-1], totals[-2::-1], strict=True):
         counts = ~(its_total < scales[0] ** 0.75)  # Far from underflow, or NaN.
-        scale = jnp.where(counts, smaller, scale)
+        # Not by where: that of numbers which are the same on all devices by a condition
+        # of each is refused by jax 0.9, if axes are explicit.
+        share = counts.astype(scale.dtype)
+        scale = share * smaller + (1 - share) * scale
         total = jnp.where(counts, its_total, total)
     # Fires where the tree is all zeros.
     factor = norm / jnp.sqrt(jnp.where(total == 0, 1, total))

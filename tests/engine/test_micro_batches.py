@@ -1,6 +1,7 @@
 """Micro-batches that ascend each for itself, whatever is in the chain."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -477,8 +478,11 @@ def test_sizes_that_do_not_divide(size, micro, match):
 
 def test_more_at_once_than_there_are_is_all():
     problem = problems.perceptron()
-    expected = run(problem, problem.batch, micro_batches_at_once=None)
-    assert str(run(problem, problem.batch, micro_batches_at_once=100)) == str(expected)
+    all_at_once, more = (
+        str(run(problem, problem.batch, micro_batches_at_once=n)) for n in (None, 100)
+    )
+    addresses = re.compile("0x[0-9a-f]+")
+    assert addresses.sub("", more) == addresses.sub("", all_at_once)
 
 
 def test_batches_that_cannot_be_cut():
