@@ -197,9 +197,15 @@ def test_sharded_models_take_the_steps_of_one_device(method):
         jax.tree.leaves(state), jax.tree.leaves(fully_sharded(state)), strict=True
     ):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    expected_loss, (expected, expected_opt_state) = train_decoder(decoder_step, tx)
+    if method == "sparse":
+        # The biases of keys have slopes of zero: which of them stay is rounding.
+        opt_state, expected_opt_state = (
+            x.base_state for x in (opt_state, expected_opt_state)
+        )
     problems.assert_trees_close(
-        (loss, (state, opt_state)),
-        train_decoder(decoder_step, tx),
+        (loss, state, opt_state),
+        (expected_loss, expected, expected_opt_state),
         rtol=1e-4,
         atol=1e-5,
     )
