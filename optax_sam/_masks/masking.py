@@ -39,12 +39,7 @@ def refresh_if(
     """
 
     def refresh() -> Any:
-        mixed = jax.tree.map(
-            lambda new, old: old if trees.is_absent(new) else new,
-            make(),
-            mask,
-            is_leaf=trees.is_absent,
-        )
+        mixed = trees.fill(make(), mask)
         return then(vary_like(mixed, updates))
 
     return jax.lax.cond(due, refresh, lambda: then(vary_like(mask, updates)))
