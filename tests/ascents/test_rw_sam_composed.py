@@ -95,12 +95,12 @@ SHALLOW = problems.perceptron(sizes=(6, 4))
 def trained(*links):
     """Parameters after five steps, from many starts: a last bit may agree by chance.
 
-    Above the first level of optimisation it need not agree: how a product and a sum are
-    rounded then depends on the program around them.
+    In optimised code it need not agree: how a product and a sum are rounded depends on
+    the program around them.
     """
     base = optax.sgd(0.1, momentum=0.9)
     tx = optax_sam.sharpness_aware(base, optax.chain(*links))
-    level = {"xla_backend_optimization_level": 1}
+    level = {"xla_backend_optimization_level": 0}
     run = jax.jit(problems.training(tx, SHALLOW, 5), compiler_options=level)
     starts = [
         jax.tree.map(lambda p, k=k: p * np.float32(k / 8), SHALLOW.params)
