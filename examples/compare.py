@@ -38,8 +38,8 @@ class Options(NoisyDigits):
     A small ResNet learns scikit-learn's digits, some of whose training labels are
     wrong, with every method and several seeds. Prints the test accuracy after the last
     epoch, mean and standard deviation over seeds, and the time of a step; writes all
-    figures to results.json and a plot to accuracy.png. Methods are shown with the
-    hyperparameters that were changed; results.json has the others as well.
+    figures to results.json and a plot to accuracy.png. Methods are shown with their rho
+    and the hyperparameters that were changed; results.json has the others as well.
     """
 
     methods: Annotated[
@@ -149,10 +149,14 @@ def compare(
 
 
 def label(method: str, values: Mapping[str, Any]) -> str:
-    """The name of a method, with those of its hyperparameters that are not defaults."""
+    """The name of a method, with its rho and what else is not the default."""
     defaults = hyperparameters([method])[method]
-    changed = (f"{name}={x}" for name, x in values.items() if x != defaults[name])
-    return " ".join([method, *changed])
+    shown = (
+        f"{name}={x}"
+        for name, x in values.items()
+        if name == "rho" or x != defaults[name]
+    )
+    return " ".join([method, *shown])
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -100,7 +100,7 @@ def test_times_are_medians_of_ratios_within_epochs():
     assert "step_time_over_sgd" not in summarize(curves)["sam"]
 
 
-def test_labels_are_what_is_not_the_default():
+def test_labels_are_rho_and_what_is_not_the_default():
     changes = ["rho=0.3", "normalize=True", "refresh_every=16"]
     labels = {
         method: compare.label(method, values)
@@ -115,6 +115,7 @@ def test_labels_are_what_is_not_the_default():
         "m_sam+asam": "m_sam+asam rho=0.3",
         "sparse_sam": "sparse_sam rho=0.3",
     }
+    assert compare.label("sam", METHODS["sam"]) == "sam rho=0.5"
 
 
 def test_a_table_of_eighty_columns_has_all_of_a_label(monkeypatch, capsys):
@@ -257,7 +258,10 @@ BAD_OPTIONS = {
     "learning rate": (["--learning-rate", "nan"], "--learning-rate must be"),
     "weight decay": (["--weight-decay", "-1"], "--weight-decay must be"),
     "hyperparameter": (["--hyperparameters", "phi=1"], "no chosen method takes 'phi'"),
-    "value": (["--hyperparameters", "rho=-1"], "rho = -1 is out of range"),
+    "value": (
+        ["--methods", "sgd", "asam", "--hyperparameters", "rho=-1"],
+        "asam: adapt_to_scale: rho = -1 is out of range",
+    ),
     "micro-batch": (
         ["--methods", "m_sam", "--batch-size", "40"],
         "m_sam.micro_batch_size must divide --batch-size 40, got 16",

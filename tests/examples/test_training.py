@@ -11,6 +11,7 @@ from sam_examples.data import Split, normalize
 from sam_examples.devices.sharding import by_examples, make_mesh, replicated
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
+from sam_examples.settings.command_line import NoisyDigits
 from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
 from sam_examples.settings.optimizers import momentum_sgd
 from sam_examples.training.epochs import draw_epoch, shuffled_batches
@@ -346,6 +347,15 @@ def test_hyperparameters_are_defaults_then_assignments():
     assert hyperparameters(methods) == plain
     replaced = hyperparameters(["sam"], [], {"sam": {"rho": 7.0}, "asam": {"rho": 8.0}})
     assert replaced == {"sam": {"rho": 7.0}}
+
+
+def test_micro_batches_have_a_smaller_radius_than_the_batch():
+    values = hyperparameters(["sam", "m_sam", "m_sam+vasso", "m_sam+asam", "asam"])
+    rho = {method: of_method["rho"] for method, of_method in values.items()}
+    share = values["m_sam"]["micro_batch_size"] / NoisyDigits.batch_size
+    assert rho["m_sam"] == rho["sam"] * share**0.5
+    assert rho["m_sam+vasso"] == rho["m_sam"]
+    assert rho["m_sam+asam"] == rho["asam"]
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,12 @@ METHODS: Hyperparameters = {
         "estimator": "auto",
         "normalize": False,
     },
-    "m_sam": {"rho": 0.5, "micro_batch_size": 16},
+    # SAM's rho times the root of 16 / 64, the share of the batch that ascends together.
+    "m_sam": {"rho": 0.25, "micro_batch_size": 16},
 }
 
-# The papers' values on CIFAR-10, where they differ from those for the noisy digits.
+# The papers' values on CIFAR-10, where they differ from those for the noisy digits; of
+# m_sam SAM's rho times the root of 32 / 128.
 CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "sam": {"rho": 0.1},
     "vasso": {"rho": 0.1, "theta": 0.9},
@@ -96,7 +98,7 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "sparse_sam": {"rho": 0.1},  # And a new mask each epoch, see config.py.
     "dynamic_sparse_sam": {"rho": 0.1},
     "rw_sam": {"rho": 0.1},
-    "m_sam": {"rho": 0.1, "micro_batch_size": 32},
+    "m_sam": {"rho": 0.05, "micro_batch_size": 32},
 }
 
 # Links before and after that of the radius, in the order of a chain.
@@ -163,20 +165,24 @@ def make_ascent(
     names = parts(method)
     if names == ["sgd"]:
         return None
-    known = {**values, "key": key, "decay_steps": num_steps}
-
-    def make(links: Mapping[str, Callable[..., Any]]) -> list[Any]:
-        return [_call(link, known) for name, link in links.items() if name in names]
-
     mask = optax_sam.select_layers(*perturb)
     static = [optax_sam.perturb_only(mask)] if perturb else []
-    radius = optax_sam.scale_to_radius(values["rho"])
-    if "asam" in names:
-        radius = optax_sam.adapt_to_scale(values["rho"], eta=values["eta"])
-    ascent: optax.GradientTransformation = optax.chain(
-        *static, *make(_BEFORE), radius, *make(_AFTER)
-    )
+    try:
+        links = _links(names, {**values, "key": key, "decay_steps": num_steps})
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from None
+    ascent: optax.GradientTransformation = optax.chain(*static, *links)
     return ascent
+
+
+def _links(names: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
+    """The links of the ascents of these names, in the order of a chain."""
+    radius: Callable[..., Any] = optax_sam.scale_to_radius
+    if "asam" in names:
+        radius = optax_sam.adapt_to_scale
+    before = [link for name, link in _BEFORE.items() if name in names]
+    after = [link for name, link in _AFTER.items() if name in names]
+    return [_call(link, known) for link in (*before, radius, *after)]
 
 
 def _call(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:
@@ -231,7 +237,8 @@ def hyperparameters(
     """The hyperparameters of each method: its defaults, changed by assignments.
 
     Of a combination they are those of all its parts. Where these differ the last part
-    counts, but for the rho of ASAM, which is of another size.
+    counts, but m_sam after that, whose rho is smaller, and at last asam, whose rho is
+    of another size.
 
     Args:
       methods: names out of `METHODS`, or some joined by +.
@@ -245,7 +252,9 @@ def hyperparameters(
     """
     chosen = {}
     for method in methods:
-        names = sorted(parts(method), key=lambda name: name == "asam")
+        names = sorted(
+            parts(method), key=lambda name: (name == "asam", name == "m_sam")
+        )
         chosen[method] = {
             key: value
             for name in names
