@@ -62,7 +62,8 @@ def nnx_value_and_update(
         a copy of the model, which it may set to evaluation mode.
 
     Returns:
-      A function `step(model, optimizer, *args) -> value`, to be called under `nnx.jit`.
+      A function `step(model, optimizer, *args) -> value`, to be called under `nnx.jit`;
+      under `jax.jit`, as in Flax's own loops, model and optimizer stay as they were.
       It updates model, optimizer and arguments in place. `value` is the clean mean
       loss, a scalar in float32 or wider, or the pair of it and the auxiliary data.
 

@@ -1,5 +1,7 @@
 """The code of the pages in docs/ runs, and no page has a link that leads nowhere."""
 
+import ast
+import builtins
 import os.path
 
 import chex
@@ -26,7 +28,9 @@ TESTED = {
         "With `pmap`, state and batch statistics",
     },
     "docs/diagnostics.md": {"Diagnostics"},
+    "docs/numbers-and-costs.md": {"Choosing `strength`"},
     "docs/recipes.md": {
+        "Recipes",
         "Hyperparameters that change",
         "By hand",
         "Coming from `optax.contrib.sam`",
@@ -35,6 +39,7 @@ TESTED = {
         "Equinox",
         "Flax NNX's `nnx.Optimizer`",
         "Flax linen's `TrainState`",
+        "Steps that are not finite",
         "Freezing parts",
         "A batch that does not fit into memory",
         "float16 with a loss scale",
@@ -76,21 +81,19 @@ def after_the_quickstart(page, heading):
 def test_by_hand():
     problem = problems.perceptron()
     tx = optax_sam.vasso(optax.sgd(0.1), rho=0.05, theta=0.4)
-    mean_loss = problems.mean_loss(problem)
     scope = {
         "jax": jax,
+        "jnp": jnp,
         "tx": tx,
         "params": problem.params,
         "opt_state": tx.init(problem.params),
-        "grads": jax.grad(mean_loss)(problem.params),
         "loss_fn": problem.loss_fn,
         "batch": problem.batch,
-        "mean_loss": mean_loss,
     }
 
     @jax.jit
     def updates():
-        exec(RECIPES["By hand"], scope)
+        exec(RECIPES["Recipes"] + RECIPES["By hand"], scope)
         return scope["updates"]
 
     assert problems.norm(updates()) > 0
@@ -180,12 +183,11 @@ def test_from_sgd_to_sam():
     problem = problems.perceptron()
     rate = optax.linear_schedule(0.1, 0.0, 8)
     sgd = optax.sgd(rate, momentum=0.9)
-    params, base_state = problems.train(sgd, problem, 4)
-    problem = problem._replace(params=params)
-    scope = {"optax": optax, "optax_sam": optax_sam}
-    scope |= {"params": params, "base_state": base_state}
-    scope |= {"rate": rate}
+    params, base_state = problems.train(sgd, problem, 1)
+    scope = {"optax": optax, "optax_sam": optax_sam, "rate": rate}
+    scope |= {"params": problem.params, "grads": problems.gradient(problem)}
     exec(RECIPES["From an SGD run to SAM"].replace("sgd(0.1", "sgd(rate"), scope)
+    problem = problem._replace(params=params)
     run = problems.training(scope["tx"], problem, 3)
     params, opt_state = run(params, scope["opt_state"])
     problems.assert_trees_close(
@@ -219,9 +221,8 @@ def test_equinox():
     eqx = pytest.importorskip("equinox")
     scope = {}
     exec(README["Flax linen"].partition("params =")[0], scope)
-    model = eqx.nn.MLP(8, 10, 32, 1, key=jax.random.key(1))
-    scope["model"] = model
     exec(RECIPES["Equinox"], scope)
+    model = eqx.nn.MLP(8, 10, 32, 1, key=jax.random.key(1))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     problem = problems.Problem(params, scope["loss_fn"], scope["batch"])
     base = optax.sgd(0.1, momentum=0.9)
@@ -237,14 +238,18 @@ def test_equinox():
 
 
 def test_nnx_optimizer_by_hand():
-    scope = {"nnx": nnx, "model": nnx.Linear(3, 1, rngs=nnx.Rngs(0))}
-    scope["mean_loss"] = lambda model: jnp.mean(model(jnp.eye(3)) ** 2)
+    scope = {"jnp": jnp, "nnx": nnx, "model": nnx.Linear(3, 1, rngs=nnx.Rngs(0))}
+    scope["loss_fn"] = lambda model, x: jnp.mean(model(x) ** 2, axis=-1)
+    scope["batch"] = jnp.eye(3)
     tx = optax_sam.sam(optax.sgd(0.1), rho=0.05)
     scope["optimizer"] = nnx.Optimizer(scope["model"], tx, wrt=nnx.Param)
     exec(RECIPES["Flax NNX's `nnx.Optimizer`"], scope)
     by_hand, model = scope["model"], nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     step = nnx_value_and_update(lambda model, x: jnp.mean(model(x) ** 2))
+    before = model.kernel[...]
+    jax.jit(step)(model, optimizer, jnp.eye(3))  # As is said: to no effect.
+    np.testing.assert_array_equal(model.kernel[...], before)
     step(model, optimizer, jnp.eye(3))
     np.testing.assert_allclose(by_hand.kernel[...], model.kernel[...], rtol=1e-5)
 
@@ -253,12 +258,6 @@ def test_nnx_optimizer_by_hand():
 def test_linen_train_state():
     scope = {}
     exec(README["Flax linen"], scope)
-    norm = nn.BatchNorm(use_running_average=False)
-    dropout = nn.Dropout(0.1, deterministic=False)
-    model = nn.Sequential([nn.Dense(32), norm, nn.relu, dropout, nn.Dense(10)])
-    key = jax.random.key(0)
-    variables = model.init({"params": key, "dropout": key}, scope["batch"]["x"])
-    scope |= {"model": model, "key": key, "variables": variables}
     exec(RECIPES["Flax linen's `TrainState`"], scope)
     assert scope["loss"] < 1.0  # From about log(10) = 2.3.
     assert scope["state"].step == 100
@@ -308,6 +307,87 @@ def test_shard_map():
     assert len(jax.devices()) > 1
     alone = optax_sam.value_and_update(scope["loss_fn"], scope["tx"])(*inputs)
     problems.assert_trees_close(scope["step"](*inputs), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["pmap", "shard_map"])
+def test_copies_differ_where_the_axis_was_forgotten(by):
+    page = documents.python("docs/devices.md")["Inside `shard_map` and `pmap`"]
+    scope, problem = {"jax": jax}, problems.perceptron()
+    exec(
+        "import numpy as np\n" + page[page.index("def copies") : page.index("loss, ")],
+        scope,
+    )
+    base = optax.sgd(0.1)
+    devices = jax.devices()[:2]
+
+    def updates(axis_name):
+        step = optax_sam.value_and_update(problem.loss_fn, base, axis_name=axis_name)
+        if by == "pmap":
+            parts = jax.tree.map(
+                lambda x: x.reshape(2, -1, *x.shape[1:]), problem.batch
+            )
+            over = jax.pmap(step, "data", in_axes=(None, None, 0), devices=devices)
+            return over(problem.params, base.init(problem.params), parts)[1]
+        mesh = jax.sharding.Mesh(devices, ("data",))
+        none, data = jax.P(), jax.P("data")
+        over = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(none, none, data),
+            out_specs=none,
+            check_vma=False,
+        )
+        return over(problem.params, base.init(problem.params), problem.batch)[1]
+
+    assert scope["copies_agree"](updates("data"))
+    assert not scope["copies_agree"](updates(None))
+
+
+def test_the_effective_sample_size():
+    scope = after_the_quickstart("docs/numbers-and-costs.md", "Choosing `strength`")
+    assert 1 < scope["effective"] < 64
+
+
+def test_steps_that_are_not_finite():
+    def loss_fn(params, batch):
+        return jnp.sum((params[None] - batch) ** 2, axis=-1)
+
+    def train(tx):
+        params, step = jnp.zeros(2), jax.jit(optax_sam.value_and_update(loss_fn, tx))
+        opt_state, points = tx.init(params), []
+        for scale in (1.0, jnp.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+            _, updates, opt_state = step(params, opt_state, scale * jnp.ones((2, 2)))
+            params = optax.apply_updates(params, updates)
+            points.append(params)
+        return points, opt_state.base_state
+
+    scope = {"optax": optax, "optax_sam": optax_sam}
+    exec(RECIPES["Steps that are not finite"], scope)
+    points, base_state = train(scope["tx"])
+    assert [i for i in range(1, 9) if np.any(points[i] != points[i - 1])] == [4, 8]
+    assert (base_state.total_notfinite, base_state.notfinite_count) == (1, 0)
+    # The other way round, a NaN stays in the sum.
+    skipping = optax.apply_if_finite(optax.sgd(0.1), 10)
+    points, _ = train(optax_sam.sam(optax.MultiSteps(skipping, 4), rho=0.05))
+    assert not np.any(points)
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_recipes_use_what_the_reader_has(heading):
+    start = README["Flax NNX" if "NNX" in heading else "Flax linen"]
+    tree = ast.parse(start + RECIPES["Recipes"] + RECIPES[heading])
+    known = set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            known.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.alias):
+            known |= set((node.asname or node.name).split("."))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert used <= known
 
 
 @pytest.mark.full

@@ -64,7 +64,8 @@ def rw_sam(
       delta: Step of the finite difference; see :func:`reweight_by_sharpness`.
       num_probes: Number of random directions.
       estimator: `"finite_difference"`, or `"jvp"`, which is exact, at a third of a base
-        step more; `"auto"` takes the first where the loss is computed in float32.
+        step more; `"auto"` takes the first where the loss is computed in float32. Below
+        that differences are rounding noise.
       normalize: Whether to divide the slopes by their mean, so that `strength` has no
         unit.
 
@@ -143,7 +144,8 @@ def reweight_by_sharpness(
         differences. A scalar, or a schedule.
       num_probes: Number of :math:`z`; :math:`s_i` is the root mean square over them.
       estimator: "finite_difference", "jvp" for :math:`z^\top \nabla f_i(x)` itself, or
-        "auto" for the former where the loss is computed in float32 or wider.
+        "auto" for the former where the loss is computed in float32 or wider. To ask for
+        "finite_difference" below that is to ask for noise.
       normalize: Whether to divide :math:`s` by its mean; no scale of the loss matters.
 
     Returns:

@@ -144,7 +144,9 @@ def sparsify_by_fisher(
     An example that is normalised by itself, or has the dropout of a batch of one, has
     other gradients than in its batch. Whether gradients of single examples add up to
     that of the examples together is therefore tried on a few whenever a mask is made,
-    and where they do not, within a tenth, scores are by probes.
+    and where they do not, within a tenth, scores are by probes. The state does not say
+    which it was; that losses of single examples differ from those in the batch is the
+    sign.
 
     Args:
       pattern: From scores to masks, such as :func:`unstructured`.
@@ -253,7 +255,8 @@ class SparsifyByFisherState(NamedTuple):
 
     Attributes:
       count: Number of steps taken, an int32 scalar.
-      mask: The mask of the last step, bools of the shapes of the parameters.
+      mask: The mask of the last step, bools of the shapes of the parameters; all False
+        before the first step.
       since: Count of the first step of this mask, an int32 scalar.
       key: Data of the PRNG key that the signs of probes are drawn with.
     """

@@ -124,7 +124,8 @@ def sharpness_aware(
         examples, shape `[B]`, or their mean as a scalar. With `micro_batch_size` it
         must be the losses, shape `[micro_batch_size]` of a micro-batch.
       * `grad_fn`: optional, `grad_fn(params)` replaces the gradient of the mean of
-        `loss_fn` in the perturbed pass; then `loss_fn` is not needed. Not with
+        `loss_fn` in the perturbed pass; then `loss_fn` is not needed. One that does not
+        use its argument makes the step the base's, and nothing can tell. Not with
         `micro_batch_size`, which also leaves `grads` unread unless a micro-batch is
         the whole batch.
       * `losses`, `pullback`: optional, the clean losses `[B]` and the function
