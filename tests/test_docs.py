@@ -1,8 +1,8 @@
 """The code of the pages in docs/ runs, and no page has a link that leads nowhere."""
 
-import ast
 import builtins
 import os.path
+import symtable
 
 import chex
 import documents
@@ -372,22 +372,25 @@ def test_steps_that_are_not_finite():
     assert not np.any(points)
 
 
+def scopes(table):
+    yield table
+    for inner in table.get_children():
+        yield from scopes(inner)
+
+
 @pytest.mark.parametrize("heading", RECIPES)
 def test_recipes_use_what_the_reader_has(heading):
-    start = README["Flax NNX" if "NNX" in heading else "Flax linen"]
-    tree = ast.parse(start + RECIPES["Recipes"] + RECIPES[heading])
-    known = set(dir(builtins))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            known.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            known.add(node.name)
-        elif isinstance(node, ast.arg):
-            known.add(node.arg)
-        elif isinstance(node, ast.alias):
-            known |= set((node.asname or node.name).split("."))
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert used <= known
+    start = README["Flax linen"] + RECIPES["Recipes"]
+    if "NNX" in heading:
+        start = README["Flax NNX"]
+    code = start + RECIPES[heading]
+    page, *functions = scopes(symtable.symtable(code, heading, "exec"))
+    names = page.get_symbols()
+    used = {name.get_name() for name in names if name.is_referenced()}
+    for function in functions:
+        used |= {x.get_name() for x in function.get_symbols() if x.is_global()}
+    made = {x.get_name() for x in names if x.is_assigned() or x.is_imported()}
+    assert used <= made | set(dir(builtins))
 
 
 @pytest.mark.full
