@@ -322,22 +322,21 @@ def test_copies_differ_where_the_axis_was_forgotten(by):
 
     def updates(axis_name):
         step = optax_sam.value_and_update(problem.loss_fn, base, axis_name=axis_name)
-        if by == "pmap":
-            parts = jax.tree.map(
-                lambda x: x.reshape(2, -1, *x.shape[1:]), problem.batch
-            )
-            over = jax.pmap(step, "data", in_axes=(None, None, 0), devices=devices)
-            return over(problem.params, base.init(problem.params), parts)[1]
-        mesh = jax.sharding.Mesh(devices, ("data",))
         none, data = jax.P(), jax.P("data")
-        over = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(none, none, data),
-            out_specs=none,
-            check_vma=False,
+        over = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=jax.sharding.Mesh(devices, ("data",)),
+                in_specs=(none, none, data),
+                out_specs=none,
+                check_vma=False,
+            )
         )
-        return over(problem.params, base.init(problem.params), problem.batch)[1]
+        batch = problem.batch
+        if by == "pmap":
+            over = jax.pmap(step, "data", in_axes=(None, None, 0), devices=devices)
+            batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+        return over(problem.params, base.init(problem.params), batch)[1]
 
     assert scope["copies_agree"](updates("data"))
     assert not scope["copies_agree"](updates(None))
