@@ -178,7 +178,7 @@ def reweight_by_sharpness(
     """
     owner = called("reweight_by_sharpness")
     strength_at = as_schedule(owner, "strength", strength)
-    delta_at = as_schedule(owner, "delta", delta, low=1e-37)
+    delta_at = as_schedule(owner, "delta", delta, low=1e-37, harmless=1e-4)
     num_probes = check_integer(owner, "num_probes", num_probes, low=1, static=True)
     check_bool(owner, "normalize", normalize)
     check_choice(owner, "estimator", estimator, ("auto", "finite_difference", "jvp"))

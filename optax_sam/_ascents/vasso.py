@@ -121,7 +121,7 @@ def suppress_variance(
       Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
     """
     owner = called("suppress_variance")
-    newest = as_schedule(owner, "theta", theta, high=1.0)
+    newest = as_schedule(owner, "theta", theta, high=1.0, harmless=1.0)
     if accumulator_dtype is not None:
         accumulator_dtype = _floating_dtype(owner, accumulator_dtype)
 

@@ -21,13 +21,21 @@ _STATIC = "under optax.inject_hyperparams name it in static_args"
 
 
 def as_schedule(
-    owner: str, name: str, value: Any, *, low: float = 0.0, high: float = math.inf
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    harmless: float | None = None,
 ) -> Callable[[chex.Numeric], jax.Array]:
     """Makes a function of the count of steps out of a scalar hyperparameter.
 
     Refuses what can be seen to be wrong. Values of schedules and traced values, which
-    are not known yet, are held to the interval: `low` stands for NaN, and for infinity
-    where there is no other upper bound.
+    are not known yet, are held to the interval. For NaN, and for infinity where there
+    is no other upper bound, stands the value that leaves the step as it is without:
+    `rho` = 0 the base's, `strength` = 0 and `theta` = 1 SAM's, `eta` = 0 ASAM's,
+    `drop_fraction` = 0 the mask; of `delta` its default.
 
     Args:
       owner: The function the hyperparameter belongs to, for the message.
@@ -35,6 +43,7 @@ def as_schedule(
       value: What the user gave.
       low: Smallest value allowed.
       high: Largest value allowed; infinity stands for any finite value.
+      harmless: What stands for NaN, without it `low`.
 
     Returns:
       The function from the count of steps to a scalar array.
@@ -44,12 +53,13 @@ def as_schedule(
       ValueError: If `value` is not a scalar or lies outside the interval; in a step, if
         a schedule does not return a scalar.
     """
+    harmless = low if harmless is None else harmless
     if not callable(value):
         or_schedule = " or a schedule"
         value = check_number(owner, name, value, low=low, high=high, other=or_schedule)
         constant = value if isinstance(value, _ARRAYS) else float(value)
         if isinstance(value, jax.core.Tracer):
-            constant = _held(value, low, high)
+            constant = _held(value, low, high, harmless)
         return lambda count: jnp.asarray(constant)
 
     def checked(count: chex.Numeric) -> jax.Array:
@@ -58,15 +68,15 @@ def as_schedule(
             what = f"the schedule {name} must return a scalar"
             remedy = f"pass a function from the count of steps to {name}"
             refuse(owner, what, found, remedy)
-        return _held(jnp.asarray(found), low, high)
+        return _held(jnp.asarray(found), low, high, harmless)
 
     return checked
 
 
-def _held(value: jax.Array, low: float, high: float) -> jax.Array:
+def _held(value: jax.Array, low: float, high: float, harmless: float) -> jax.Array:
     """The value held to an interval of finite numbers."""
     held = jnp.clip(value, low, high)
-    return jnp.where(jnp.isfinite(held), held, low)
+    return jnp.where(jnp.isfinite(held), held, harmless)
 
 
 def check_number(

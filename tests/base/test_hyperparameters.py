@@ -74,6 +74,14 @@ def test_holds_what_is_not_known_yet_to_the_interval(value, low, high, held, dty
         assert found.dtype == value.dtype or value.dtype == jnp.int32
 
 
+@pytest.mark.parametrize(("value", "held"), [(np.nan, 0.5), (-1.0, 0.0), (2.0, 1.0)])
+def test_what_stands_for_nan(value, held):
+    def at_step(x):
+        return as_schedule("method", "theta", x, high=1.0, harmless=0.5)(0)
+
+    assert at_step(lambda count: value) == jax.jit(at_step)(value) == held
+
+
 def test_upper_bound():
     with pytest.raises(ValueError, match=r"theta = 1.01 .* \[0, 1\]"):
         as_schedule("method", "theta", 1.01, high=1.0)

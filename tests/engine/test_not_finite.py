@@ -122,7 +122,7 @@ def test_ascent_states_of_any_dtype_survive_a_bad_gradient():
     def update_fn(updates, state, params=None):
         del params
         key = jax.random.split(state["key"])[0]
-        return updates, {"key": key, "flag": ~state["flag"], "n": state["n"] + 1}
+        return updates / 2, {"key": key, "flag": ~state["flag"], "n": state["n"] + 1}
 
     ascent = optax.GradientTransformation(init_fn, update_fn)
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
@@ -186,6 +186,36 @@ def test_hyperparameters_out_of_range_leave_parameters_finite(
     if name == "rho":
         expected, _ = problems.train(base, problem, len(BAD))
         problems.assert_trees_equal(params, expected)
+
+
+SPARSITY = {"sparsity": 0.5, "refresh_every": 1, "decay_steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "harmless", "others"),
+    [
+        (optax_sam.vasso, "theta", 1.0, {}),
+        (optax_sam.rw_sam, "delta", 1e-4, {"strength": 9.0}),
+        pytest.param(optax_sam.sam, "rho", 0.0, {}, marks=pytest.mark.full),
+        pytest.param(optax_sam.asam, "eta", 0.0, {}, marks=pytest.mark.full),
+        pytest.param(optax_sam.rw_sam, "strength", 0.0, {}, marks=pytest.mark.full),
+        pytest.param(
+            *(optax_sam.dynamic_sparse_sam, "drop_fraction", 0.0, SPARSITY),
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_what_stands_for_a_hyperparameter_that_is_nan(alias, name, harmless, others):
+    problem = problems.perceptron()
+    nan, expected = (
+        problems.train(
+            alias(optax.sgd(0.1), **{"rho": 0.1} | others | {name: schedule}),
+            problem,
+            3,
+        )
+        for schedule in (optax.constant_schedule(np.nan), lambda count: harmless)
+    )
+    problems.assert_trees_equal(nan, expected)
 
 
 def test_injected_hyperparameters_out_of_range_are_held():
