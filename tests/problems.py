@@ -168,10 +168,11 @@ def ascend(ascent, problem, state=None, grads=None):
 def ascend_by(ascent_loss_fn, ascent, problem):
     """What an ascent makes of another loss in the clean pass, and its state."""
     kept = optax.GradientTransformation(lambda p: p, lambda u, state, p=None: (u, u))
-    tx = optax_sam.sharpness_aware(optax.set_to_zero(), optax.chain(ascent, kept))
+    ascent = optax.chain(ascent, kept, optax.scale(0.1))
+    tx = optax_sam.sharpness_aware(optax.set_to_zero(), ascent)
     step = jax.jit(
         optax_sam.value_and_update(problem.loss_fn, tx, ascent_loss_fn=ascent_loss_fn)
     )
     _, _, state = step(problem.params, tx.init(problem.params), problem.batch)
-    state, updates = state.ascent_state
+    state, updates, _ = state.ascent_state
     return updates, state

@@ -151,3 +151,8 @@ class AdaptToScaleState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]
+
+    @property
+    def sets_length(self) -> bool:
+        """Says that the link gives the perturbation a length."""
+        return True

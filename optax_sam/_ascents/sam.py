@@ -194,3 +194,8 @@ class ScaleToRadiusState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]
+
+    @property
+    def sets_length(self) -> bool:
+        """Says that the link gives the perturbation a length."""
+        return True

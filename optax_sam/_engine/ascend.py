@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
-from optax_sam._base.checks import refuse
 from optax_sam._engine import protocol
 
 
@@ -70,56 +69,6 @@ def ascend(
         new = _Advance(finite)(new, state) if advances is None else new
     epsilon = trees.map_present(lambda e: _zero_unless(finite, e), epsilon)
     return Ascended(epsilon, new, finite)
-
-
-def check_uphill(
-    ascent: optax.GradientTransformationExtraArgs, state: optax.OptState
-) -> None:
-    """Refuses an ascent that leads downhill, as optimizers do.
-
-    What has links from elsewhere is tried on a single parameter, if it can be. Along
-    the gradient and along minus the gradient, since others may lead anywhere.
-
-    Args:
-      ascent: The ascent.
-      state: Its first state.
-    """
-    if all(map(_is_of_this_package, _links(state))):
-        return
-
-    @jax.jit
-    def displacement(slope: jax.Array) -> optax.Updates:
-        p, batch = jnp.ones([]), jnp.ones(1)
-        made: tuple[optax.Updates, Any] = ascent.update(
-            slope, ascent.init(p), p, loss_fn=lambda p, x: slope * p * x, batch=batch
-        )
-        return made[0]
-
-    try:
-        with jax.ensure_compile_time_eval():
-            e, opposite = (float(displacement(slope)) for slope in (1.0, -1.0))
-    except Exception:  # Of all kinds: it is made for other parameters.
-        return
-    if e < 0 < opposite:
-        refuse(
-            "sharpness_aware",
-            "ascent must lead uphill, since it is added to the parameters: a gradient "
-            "of 1 must give a positive number",
-            e,
-            "an optimizer leads downhill, and belongs first, in sharpness_aware(base, "
-            "ascent); pass optax_sam.scale_to_radius(rho) as ascent, also for the "
-            "adversary optax.sgd(rho) of optax.contrib.sam",
-        )
-
-
-def _links(state: optax.OptState) -> tuple[Any, ...]:
-    """The states of the links of a chain, or of a single one."""
-    return state if type(state) is tuple else (state,)
-
-
-def _is_of_this_package(state: optax.OptState) -> bool:
-    package, *_ = __name__.split(".")
-    return type(state).__module__.split(".")[0] == package
 
 
 class _Advance:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -22,8 +22,10 @@ from optax_sam._base.checks import called, check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
 from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import protocol
-from optax_sam._engine.ascend import Ascended, ascend, check_uphill
+from optax_sam._engine.ascend import Ascended, ascend
 from optax_sam._engine.groups import Examples, Group, Passes
+from optax_sam._engine.protocol import SharpnessAwareState
+from optax_sam._engine.trial import check_directions
 
 
 def sharpness_aware(
@@ -49,7 +51,11 @@ def sharpness_aware(
     ascent's state as it was; of an ascent that takes a gradient of its own, what it
     makes of that counts. What the base then does with the gradient at :math:`w` is
     up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
-    the ascent count the ascents that were made.
+    the ascent count the ascents that were made. A hyperparameter of a schedule or of
+    `optax.inject_hyperparams` is held to its range within the step. If it is NaN, the
+    step is the one without: the base's for `rho`, SAM's for `strength` and `theta`,
+    ASAM's with :math:`\eta = 0`, of the same mask for `drop_fraction`; for `delta`
+    its default stands.
 
     Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
@@ -148,7 +154,8 @@ def sharpness_aware(
         parameter is not real floating point or `loss_fn` cannot be called or returns
         no array; in update, if `state` is that of something else.
       ValueError: If a size or number is less than 1; in init, if the ascent is seen to
-        lead downhill, as an optimizer does; in update, if `params`, or
+        lead downhill, as an optimizer does, or the base uphill, or one of them to be
+        sharpness-aware; in update, if `params`, or
         `loss_fn` and `batch` as well as `grad_fn`, are missing, if losses or gradients
         have the wrong shape, if the batch cannot be cut into micro-batches, or if an
         axis is missing, unknown, or not what update is told.
@@ -181,7 +188,7 @@ def sharpness_aware(
         point = protocol.evaluated(params)
         check_parameters(point)
         state = SharpnessAwareState(ascent.init(point), base.init(params))
-        check_uphill(ascent, state.ascent_state)
+        check_directions(owner, base, ascent, state, point)
         placed: SharpnessAwareState = place_like(state, point)
         return placed
 
@@ -238,19 +245,7 @@ def sharpness_aware(
         return updates, SharpnessAwareState(passes.ascent_state, base_state)
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return protocol.explaining_states("sharpness_aware", tx)
-
-
-class SharpnessAwareState(NamedTuple):
-    """State of :func:`sharpness_aware`.
-
-    Attributes:
-      ascent_state: State of the ascent.
-      base_state: State of the base optimizer.
-    """
-
-    ascent_state: optax.OptState
-    base_state: optax.OptState
+    return protocol.explaining_states(owner, tx)
 
 
 def _check(params: Any, grad_fn: Any, size: int | None) -> None:

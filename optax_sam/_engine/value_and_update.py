@@ -20,7 +20,7 @@ from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
 from optax_sam._base.losses import clean_pass, linearise, mean_loss
 from optax_sam._engine import protocol
 from optax_sam._engine.batch_loss import BatchLoss
-from optax_sam._engine.sharpness_aware import SharpnessAwareState
+from optax_sam._engine.protocol import SharpnessAwareState
 
 LossesAndAux: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -115,7 +115,6 @@ def value_and_update(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     tx = protocol.as_transformation("value_and_update", "tx", tx)
-    tx = protocol.explaining_states("value_and_update", tx)
     devices = Devices(axis_name)
     perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)
     clean_fn = perturbed_fn
@@ -167,7 +166,7 @@ def value_and_update(
         try:
             return step(params, opt_state, *args)
         except Exception as error:
-            protocol.explain_order("value_and_update", tx, params, opt_state, error)
+            protocol.explain("value_and_update", tx, params, opt_state, error, *args)
             raise
 
     return explained_step

@@ -110,6 +110,7 @@ def test_base_gets_the_protocols_arguments_that_it_names():
 
 def test_ascent_gets_the_protocol_and_unknown_arguments():
     ascent, seen = recorder()
+    ascent = optax.chain(ascent, optax.scale(0.1))
     tx = optax_sam.sharpness_aware(optax.sgd(0.1), ascent)
     always = {"advance", "is_gradient"}
     by_hand(tx, PROBLEM, **LOSS, tag="mine")
@@ -122,7 +123,7 @@ def test_ascent_gets_the_protocol_and_unknown_arguments():
 
 def test_what_an_ascent_hands_on_is_added_in_the_dtype_of_the_parameters():
     params = np.ones(3, jnp.bfloat16)
-    ascent = optax.stateless(lambda updates, _: updates.astype(jnp.float32))
+    ascent = optax.stateless(lambda g, _: 0.1 * g.astype(jnp.float32))
     tx = optax_sam.sharpness_aware(optax.identity(), ascent)
 
     def update(params):
