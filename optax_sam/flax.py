@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from optax_sam._base.checks import refuse
+from optax_sam._base.checks import calling, refuse
 from optax_sam._base.devices import AxisName
 from optax_sam._engine import protocol
 from optax_sam._engine.value_and_update import value_and_update
@@ -96,6 +96,7 @@ def nnx_value_and_update(
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
 
+    @calling(_OWNER)
     def step(model: Any, optimizer: Any, *args: Any) -> Any:
         _check_optimizer(optimizer)
         call = _Call(model, optimizer, args)
@@ -198,14 +199,15 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
           ValueError: If losses have a shape that the method has no use for, or if
             `axis_name` is no axis.
         """
-        step = value_and_update(
-            loss_fn,
-            self.tx,
-            has_aux=has_aux,
-            ascent_loss_fn=ascent_loss_fn,
-            scoring_loss_fn=scoring_loss_fn,
-            axis_name=axis_name,
-        )
+        with calling("TrainState.apply_loss"):
+            step = value_and_update(
+                loss_fn,
+                self.tx,
+                has_aux=has_aux,
+                ascent_loss_fn=ascent_loss_fn,
+                scoring_loss_fn=scoring_loss_fn,
+                axis_name=axis_name,
+            )
         value, updates, opt_state = step(self.params, self.opt_state, *args)
         params = optax.apply_updates(self.params, updates)
         return value, self.replace(

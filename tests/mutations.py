@@ -132,7 +132,7 @@ MUTANTS = [
         ("jnp.ones([], bool)", "jnp.zeros([], bool)"),
         ("finite = self.devices.all(passes.finite)", "finite = passes.finite", DEVICES),
         ("numbers + self.devices.index() * numbers.size", "numbers", DEVICES),
-        ("n: BatchLoss.of(fn).of_group(number)", "n: BatchLoss.of(fn).of_group(None)"),
+        ("n: fn.of_group(number)", "n: fn.of_group(None)"),
         ("jnp.all(passes.finite), passes.found", "True, passes.found"),
     ),
     *mutants(

@@ -530,6 +530,25 @@ def test_an_optimizer_of_something_else_is_refused():
             step(model, wrong, jnp.ones((4, 3)))
 
 
+def test_messages_lead_to_the_step_of_the_model():
+    model, x = Stochastic(), jnp.ones((4, 3))
+    tx = optax_sam.sam(base(), 0.1)
+    with pytest.raises(TypeError, match=r"uint32.*flax\.nnx_value_and_update"):
+        optax_sam.value_and_update(stochastic_loss_fn, tx)(model, (), x)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(mean)(model, x)
+    for loss_fn in (lambda model, x: model(x), lambda model, x: model.eval()):
+        with pytest.raises((TypeError, AttributeError), match="nnx_value_and_update"):
+            optimizer.update(model, grads, loss_fn=loss_fn, batch=x)
+    for kind in (TrainState, train_state.TrainState):
+        state = kind.create(apply_fn=None, params={"w": x}, tx=tx)
+        message = r"state\.apply_loss\(loss_fn, batch\) of optax_sam\.flax\.TrainState"
+        with pytest.raises(ValueError, match=message):
+            state.apply_gradients(grads={"w": x})
+    with pytest.raises(TypeError, match=r"^TrainState\.apply_loss: loss_fn must be"):
+        TrainState.create(apply_fn=None, params={"w": x}, tx=tx).apply_loss(x, mean)
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_gradients_of_a_merged_model_are_as_good_as_those_of_arrays(wrapped):
     model = Stochastic()

@@ -11,7 +11,7 @@ import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import precision, random, trees
-from optax_sam._base.checks import called, calling, checked
+from optax_sam._base.checks import called, calling
 from optax_sam._base.devices import AxisName, Devices, vary_like
 from optax_sam._base.hyperparameters import (
     KeyLike,
@@ -24,7 +24,7 @@ from optax_sam._base.hyperparameters import (
     key_at,
     key_data,
 )
-from optax_sam._base.losses import check_per_example, linearise, uniform_weights
+from optax_sam._base.losses import linearise, per_example, uniform_weights
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
@@ -218,12 +218,14 @@ def reweight_by_sharpness(
             )
         devices = Devices(axis_name)
         # The losses to compare with are those of the clean pass.
-        loss_fn = loss_fn if ascent_loss_fn is None else ascent_loss_fn
+        name = "loss_fn"
+        if ascent_loss_fn is not None:
+            name, loss_fn = "ascent_loss_fn", ascent_loss_fn
         protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
-        loss_fn = checked("loss_fn", loss_fn, "params", "batch")
+        losses_of = per_example(owner, name, loss_fn)
 
         def losses_at(params: optax.Params) -> jax.Array:
-            return check_per_example(owner, loss_fn(params, batch))
+            return losses_of(params, batch)
 
         if losses is None or pullback is None:
             losses, pullback = linearise(losses_at, devices.vary(params))

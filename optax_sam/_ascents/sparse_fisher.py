@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
-from optax_sam._base.checks import called, calling, checked
+from optax_sam._base.checks import called, calling
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import (
     KeyLike,
@@ -23,7 +23,7 @@ from optax_sam._base.hyperparameters import (
     key_at,
     key_data,
 )
-from optax_sam._base.losses import check_per_example, linearise
+from optax_sam._base.losses import check_per_example, linearise, of_example, per_example
 from optax_sam._engine import protocol
 from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._masks import fisher, masking
@@ -225,17 +225,18 @@ def sparsify_by_fisher(
         axis_name = axis_name if scoring_axis_name is None else scoring_axis_name
         # Those of the clean pass serve if they are of this loss and these examples.
         clean = (losses, pullback) if ascent_loss_fn is None else (None, None)
+        name = "loss_fn"
         if scoring_loss_fn is not None:
-            loss_fn, clean = scoring_loss_fn, (None, None)
+            name, loss_fn, clean = "scoring_loss_fn", scoring_loss_fn, (None, None)
         if scoring_batch is not protocol.MISSING:
             batch, clean = scoring_batch, (None, None)
         protocol.require(owner, params=params, loss_fn=loss_fn, batch=batch)
-        loss_fn = checked("loss_fn", loss_fn, "params", "batch")
+        loss_fn = per_example(owner, name, loss_fn)
         masking.check(f"{owner}: state.mask", state.mask, params)
 
         def new_mask() -> chex.ArrayTree:
             draws = key_at(seed, state.key, state.count)
-            add_up = partial(_add_up, owner, updates)
+            add_up = partial(_add_up, owner, name, updates)
             scores = fisher(loss_fn, params, batch, clean, draws, axis_name, add_up)
             scores = masking.present(scores, updates)
             return masking.check(f"{owner}: pattern(scores)", pattern(scores), scores)
@@ -294,13 +295,14 @@ def _estimator(
         loss_fn: Any, params: Any, batch: Any, clean: Any, key: Any, axis_name: Any
     ) -> chex.ArrayTree:
         losses, pullback = clean
+        if losses is not None:
+            check_per_example(owner, "loss_fn", losses)
         if losses is None or pullback is None:
             # Of several devices every one has to know how many the others have.
             first = num_examples if axis_name is None else None
             examples = fisher.first_examples(owner, batch, first)
             losses, pullback = linearise(
-                lambda p: check_per_example(owner, loss_fn(p, examples)),
-                Devices(axis_name).vary(params),
+                lambda p: loss_fn(p, examples), Devices(axis_name).vary(params)
             )
         return fisher.fisher_from_probes(
             losses, pullback, num_examples, num_probes, key, axis_name
@@ -329,6 +331,7 @@ def _estimator(
 
 def _add_up(
     owner: str,
+    name: str,
     updates: optax.Updates,
     loss_fn: Callable[..., jax.Array],
     params: optax.Params,
@@ -340,13 +343,10 @@ def _add_up(
     """
 
     def together(params: optax.Params) -> jax.Array:
-        return jnp.mean(check_per_example(owner, loss_fn(params, examples)))
+        return jnp.mean(loss_fn(params, examples))
 
     def alone(params: optax.Params) -> jax.Array:
-        def loss(example: Any) -> jax.Array:
-            batch = jax.tree.map(lambda x: x[None], example)
-            return check_per_example(owner, loss_fn(params, batch), 1)[0]
-
+        loss = partial(of_example, owner, name, loss_fn, params)
         return jnp.mean(jax.vmap(loss)(examples))
 
     def gradient(loss: Callable[[optax.Params], jax.Array]) -> chex.ArrayTree:

@@ -24,10 +24,16 @@ def count(owner: str, batch: Any) -> int:
                 "value_and_update's step after the batch, say."
             )
         sizes.add(jnp.shape(x)[0])
+    if not sizes:
+        raise ValueError(
+            f"{owner}: no batch was passed, or one without arrays, and examples have "
+            "to be taken from it; let loss_fn(params, batch) take it as an argument, "
+            "and pass it to the step."
+        )
     if len(sizes) != 1:
         raise ValueError(
             f"{owner}: the arrays of the batch must have one axis of examples in "
-            f"common, their first; got lengths {sorted(sizes) or 'of no arrays'}."
+            f"common, their first; got lengths {sorted(sizes)}."
         )
     return int(sizes.pop())
 

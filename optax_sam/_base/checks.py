@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam._base import trees
 
+_LONGEST = 200  # Characters of a value in a message.
 _CALLED: contextvars.ContextVar[str | None] = contextvars.ContextVar("called")
 
 
@@ -30,6 +32,17 @@ def calling(alias: str) -> Iterator[None]:
 def called(name: str) -> str:
     """The function that the user called: this one, unless an alias made the call."""
     return _CALLED.get(None) or name
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: the shapes of its arrays, if any, and cut short."""
+    arrays = filter(_is_array, jax.tree.leaves(value))
+    text = ", ".join(f"{x.dtype}{list(x.shape)}" for x in arrays) or repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and bool(x.ndim)
 
 
 def refuse(
@@ -49,14 +62,16 @@ def refuse(
       error: The kind of error.
     """
     of_type = f" of type {type(value).__name__}" if error is TypeError else ""
-    raise error(f"{owner}: {what}, got {value!r}{of_type}; {remedy}.")
+    raise error(f"{owner}: {what}, got {shown(value)}{of_type}; {remedy}.")
 
 
-def checked(name: str, fn: Any, *arguments: str) -> Callable[..., Any]:
+def checked(owner: str, name: str, fn: Any, *arguments: str) -> Callable[..., Any]:
     """Returns `fn` with an error that says how it is called, should that not work."""
     call = f"{name}({', '.join(arguments)})"
     if not callable(fn):
-        raise TypeError(f"{name} must be a function, called as {call}; got {fn!r}.")
+        raise TypeError(
+            f"{owner}: {name} must be a function, called as {call}; got {shown(fn)}."
+        )
 
     @functools.wraps(fn)
     def checked_fn(*args: Any) -> Any:
@@ -66,8 +81,8 @@ def checked(name: str, fn: Any, *arguments: str) -> Callable[..., Any]:
             if _can_be_called(fn, len(arguments)):
                 raise  # A problem of its own, not of how it was called.
             raise TypeError(
-                f"{name} is called as {call}, but {error}; wrap it in a function of "
-                f"{len(arguments)} positional argument(s)."
+                f"{owner}: {name} is called as {call}, but {error}; wrap it in a "
+                f"function of {len(arguments)} positional argument(s)."
             ) from error
 
     return checked_fn
@@ -83,16 +98,16 @@ def _can_be_called(fn: Callable[..., Any], num_arguments: int) -> bool:
     return True
 
 
-def check_parameters(params: optax.Params | None) -> None:
+def check_parameters(owner: str, params: optax.Params | None) -> None:
     """Refuses parameters that cannot be perturbed, by the path of the leaf."""
     if params is None:
         raise ValueError(
-            "params is None: a sharpness-aware step evaluates the gradient at "
-            "params + epsilon; call tx.update(grads, state, params, ...)."
+            f"{owner}: params is None: a sharpness-aware step evaluates the gradient "
+            "at params + epsilon; call tx.update(grads, state, params, ...)."
         )
     leaves = jax.tree.leaves_with_path(params, is_leaf=trees.is_absent)
     for path, leaf in leaves:
-        where = f"params{jax.tree_util.keystr(path)}"
+        where = f"{owner}: params{jax.tree_util.keystr(path)}"
         if trees.is_absent(leaf):
             raise ValueError(
                 f"{where} is optax.MaskedNode: inside optax.masked or optax.partition "
@@ -114,7 +129,8 @@ def check_parameters(params: optax.Params | None) -> None:
             raise TypeError(
                 f"{where} has dtype {jnp.result_type(leaf)}, which cannot be perturbed "
                 "along a real gradient; keep integer leaves out of params (beside the "
-                "batch, say), and complex ones as their real and imaginary parts."
+                "batch, say), and complex ones as their real and imaginary parts; an "
+                "NNX model as a whole is for optax_sam.flax.nnx_value_and_update."
             )
 
 

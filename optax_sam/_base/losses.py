@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import checked
 from optax_sam._base.devices import vary_like
 
 Pullback: TypeAlias = Callable[[jax.Array], optax.Updates]
@@ -53,11 +54,6 @@ def linearise(losses_fn: Any, params: optax.Params, has_aux: bool = False) -> An
     return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0], *aux
 
 
-def of_batch(loss_fn: Any, params: optax.Params, batch: Any) -> Any:
-    """The losses of a batch and their pullback, as :func:`linearise` gives them."""
-    return linearise(lambda p: check_losses(loss_fn(p, batch)), params)
-
-
 def mean_loss(losses: jax.Array) -> jax.Array:
     """The mean of losses, in float32 or wider."""
     return jnp.mean(losses, dtype=trees.accumulator_dtype(losses.dtype))
@@ -68,44 +64,78 @@ def uniform_weights(losses: jax.Array) -> jax.Array:
     return jnp.full_like(losses, 1 / losses.size)
 
 
-def check_losses(losses: Any) -> jax.Array:
-    """Returns `losses` if they are per-example losses `[B]` or a scalar loss."""
+def check_losses(owner: str, name: str, losses: Any) -> jax.Array:
+    """Returns `losses` if they are per-example losses `[B]` or a scalar loss.
+
+    Args:
+      owner: The function that the user called, for the message.
+      name: The function that returned the losses, for the message.
+      losses: What it returned.
+    """
     if not isinstance(losses, jax.Array):
         remedy = "Return losses computed from params with jax.numpy."
-        if isinstance(losses, tuple):
+        if isinstance(losses, tuple) and name == "scoring_loss_fn":
+            remedy = "It has no auxiliary data, whatever has_aux is."
+        elif isinstance(losses, tuple):
             remedy = (
                 "If it returns (losses, aux), use value_and_update(..., has_aux=True), "
                 "or leave aux out of the loss_fn given to update."
             )
         raise TypeError(
-            "loss_fn must return a JAX array of losses, [B] or a scalar, got "
+            f"{owner}: {name} must return a JAX array of losses, [B] or a scalar, got "
             f"{type(losses).__name__}. {remedy}"
         )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(
-            f"loss_fn must return real floating-point losses, got {losses.dtype}; "
-            "a loss that cannot be differentiated gives no direction to ascend."
+            f"{owner}: {name} must return real floating-point losses, got "
+            f"{losses.dtype}; a loss that cannot be differentiated gives no direction "
+            "to ascend."
         )
     if losses.ndim > 1:
         raise ValueError(
-            "loss_fn must return one loss per example, shape [B], or a scalar; got "
-            f"shape {losses.shape}. Reduce the other axes, for example with "
-            "losses.mean(axis=tuple(range(1, losses.ndim)))."
+            f"{owner}: {name} must return one loss per example, shape [B], or a "
+            f"scalar; got shape {losses.shape}. Reduce the other axes, for example "
+            "with losses.mean(axis=tuple(range(1, losses.ndim)))."
         )
     if losses.size == 0:
         raise ValueError(
-            "loss_fn returned no losses, shape [0]; pass a batch with examples in it."
+            f"{owner}: {name} returned no losses, shape [0]; pass a batch with "
+            "examples in it."
         )
     return losses
 
 
-def check_per_example(owner: str, losses: Any, size: int | None = None) -> jax.Array:
+def check_per_example(
+    owner: str, name: str, losses: Any, size: int | None = None
+) -> jax.Array:
     """Returns losses of single examples, of `size` of them if given, or refuses."""
-    checked = check_losses(losses)
-    if checked.ndim == 0 or size not in (None, checked.size):
+    shape = losses.shape if isinstance(losses, jax.Array) else None
+    if shape == () or (shape is not None and size is not None and shape != (size,)):
+        remedy = "leave the mean over the batch out of it"
+        if shape:
+            remedy = (
+                "only its first argument after params is cut, so pass all that belongs "
+                "to the examples in it, as one batch such as (x, y), and return a "
+                "number for each"
+            )
         raise ValueError(
             f"{owner}: needs the loss of each example, shape [{size or 'B'}], and "
-            f"loss_fn returned shape {list(checked.shape)}; leave the mean over the "
-            "batch out of it."
+            f"{name} returned shape {list(shape)}; {remedy}."
         )
-    return checked
+    return check_losses(owner, name, losses)
+
+
+def per_example(
+    owner: str, name: str, loss_fn: Any
+) -> Callable[[optax.Params, Any], jax.Array]:
+    """`loss_fn(params, batch)`, which has to give the loss of each example."""
+    loss_fn = checked(owner, name, loss_fn, "params", "batch")
+    return lambda params, batch: check_per_example(owner, name, loss_fn(params, batch))
+
+
+def of_example(
+    owner: str, name: str, loss_fn: Callable[..., Any], params: Any, example: Any
+) -> jax.Array:
+    """The loss of a single example, as a batch of one."""
+    losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+    return check_per_example(owner, name, losses, 1)[0]

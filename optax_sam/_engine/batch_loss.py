@@ -1,4 +1,4 @@
-"""The loss of a batch, as `value_and_update` hands it to the optimizer."""
+"""The loss of a batch, as a sharpness-aware step calls it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optax_sam._base.checks import checked
-from optax_sam._base.losses import check_losses
+from optax_sam._base.checks import called, checked
+from optax_sam._base.losses import check_losses, check_per_example
+
+_NAMES = ("loss_fn", "ascent_loss_fn", "scoring_loss_fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,22 +20,24 @@ class BatchLoss:
     """`loss_fn(params, batch) -> losses`, and what a group of examples asks it for.
 
     Attributes:
+      name: What the user calls it, for messages.
       fn: `fn(params, *args)` returns losses and auxiliary data.
       args: The arguments of the step, the batch first.
       size: The number of losses that there have to be, if it matters.
     """
 
+    name: str
     fn: Callable[..., tuple[Any, Any]]
     args: tuple[Any, ...]
     size: int | None = None
 
     @classmethod
-    def of(cls, loss_fn: Any) -> "BatchLoss":
+    def of(cls, name: str, loss_fn: Any, batch: Any) -> "BatchLoss":
         """The same of any `loss_fn(params, batch)`; its auxiliary data are None."""
         if isinstance(loss_fn, cls):
             return loss_fn
-        loss_fn = checked("loss_fn", loss_fn, "params", "batch")
-        return cls(lambda params, batch: (loss_fn(params, batch), None), (None,))
+        loss_fn = checked(called("sharpness_aware"), name, loss_fn, "params", "batch")
+        return cls(name, lambda params, batch: (loss_fn(params, batch), None), (batch,))
 
     def __call__(self, params: optax.Params, batch: Any) -> jax.Array:
         """The losses of a batch."""
@@ -41,18 +46,32 @@ class BatchLoss:
     def with_aux(self, params: optax.Params, batch: Any) -> tuple[jax.Array, Any]:
         """The losses of a batch, and auxiliary data."""
         args = (batch, *self.args[1:])[: len(self.args)]
-        losses, aux = self.fn(params, *args)
-        shape = losses.shape if isinstance(losses, jax.Array) else None
-        if shape is not None and self.size is not None and shape != (self.size,):
-            raise ValueError(
-                f"sharpness_aware: micro_batch_size = {self.size}, and loss_fn "
-                f"returned losses of shape {list(shape)} for a micro-batch; they must "
-                f"be those of its examples, shape [{self.size}]. Only the first "
-                "argument after params is cut into micro-batches: pass all that "
-                "belongs to the examples in it, as one pytree such as (x, y), and "
-                "leave the mean over the batch out of loss_fn."
+        owner = called("sharpness_aware")
+        try:
+            losses, aux = self.fn(params, *args)
+        except Exception as error:
+            self._explain(owner, params, batch, error)
+            raise
+        if self.size is None:
+            return check_losses(owner, self.name, losses), aux
+        return check_per_example(owner, self.name, losses, self.size), aux
+
+    def _explain(self, owner: str, params: Any, batch: Any, error: Exception) -> None:
+        """Adds to an error what the function may not have been made for."""
+        size, total = _num_examples(batch), _num_examples(self.args[:1])
+        if size < total:
+            error.add_note(
+                f"{owner}: {self.name} was called with {size} of the {total} examples; "
+                "only its first argument after params is cut. Pass all that belongs to "
+                "the examples in it, as one batch such as (x, y)."
             )
-        return check_losses(losses), aux
+        kind = type(params)
+        if kind.__module__.startswith("flax.nnx") and kind.__name__ in str(error):
+            error.add_note(
+                f"{owner}: {self.name} is called with params, the {kind.__name__} of "
+                "the model, and not with the model; for losses of an NNX model there "
+                "is optax_sam.flax.nnx_value_and_update."
+            )
 
     @property
     def draws(self) -> bool:
@@ -72,6 +91,22 @@ class BatchLoss:
         if number is not None:
             args = (*args[:1], *jax.tree.map(own, args[1:]))
         return dataclasses.replace(self, args=args, size=size)
+
+
+def of_step(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a step, with its losses as those of its batch."""
+    batch = arguments.get("batch")
+    return arguments | {
+        name: BatchLoss.of(name, arguments[name], batch)
+        for name in _NAMES
+        if arguments.get(name) is not None
+    }
+
+
+def _num_examples(batch: Any) -> int:
+    """The length of the longest first axis, 0 if there is none."""
+    shapes = filter(None, map(np.shape, jax.tree.leaves(batch)))
+    return max((shape[0] for shape in shapes), default=0)
 
 
 def _is_key(x: Any) -> bool:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import batching, losses, trees
+from optax_sam._base.checks import called
 from optax_sam._base.devices import Devices
 from optax_sam._engine import protocol
-from optax_sam._engine.batch_loss import BatchLoss
 
-_OWNER = "sharpness_aware"
+_OWNER = "sharpness_aware"  # Unless an alias was called.
 
 
 class Group(NamedTuple):
@@ -92,7 +92,7 @@ class Examples:
         if size is None:
             return True
         batch, devices = self.arguments["batch"], self.devices
-        return batching.count(_OWNER, batch) * devices.size() == size
+        return batching.count(called(_OWNER), batch) * devices.size() == size
 
     def sharing_scores(self, size: int | None) -> "Examples":
         """The same, so that groups of a size score parameters by all of them."""
@@ -125,7 +125,7 @@ class Examples:
         clean = {"grad": gradient}
         if self.averaged:
             given, pullback = map(self.arguments.get, ("losses", "pullback"))
-            owner = f"{_OWNER}: sync_ascent=False"
+            owner = f"{called(_OWNER)}: sync_ascent=False"
             protocol.require(owner, losses=given, pullback=pullback)
             clean = losses.clean_pass(given, pullback)._asdict()  # type: ignore[arg-type]
         self.devices.own("grads", clean["grad"])
@@ -135,7 +135,7 @@ class Examples:
         """The examples of a part of the batch, the number-th of many, if not None."""
         names = ("loss_fn", "ascent_loss_fn")
         named = {n: self.arguments[n] for n in names if n in self.arguments}
-        own = {n: BatchLoss.of(fn).of_group(number) for n, fn in named.items()}
+        own = {n: fn.of_group(number) for n, fn in named.items()}
         loss_fn = own["loss_fn"].of_group(None, size)
         clean_fn = own.get("ascent_loss_fn", loss_fn)
         found, pullback, aux = losses.linearise(
@@ -177,7 +177,8 @@ class Examples:
             passes = passes._replace(found=found)
         else:
             batch = self.arguments["batch"]
-            parts = batching.split(_OWNER, batch, size, at_once, self.devices)
+            owner = called(_OWNER)
+            parts = batching.split(owner, batch, size, at_once, self.devices)
             passes = _mean(
                 lambda part: two_passes(self.of_part(part[0], part[1], size), always),
                 (parts, self._numbers(parts)),

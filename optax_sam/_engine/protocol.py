@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from optax_sam._base import losses
-from optax_sam._base.checks import check_like, checked, refuse
+from optax_sam._base.checks import called, check_like, checked, refuse, shown
 from optax_sam._base.devices import AxisName
 
 try:
@@ -140,7 +140,9 @@ def require(owner: str, or_else: str = "", **arguments: Any) -> None:
             raise ValueError(
                 f"{owner}: {name} is missing; call tx.update(grads, state, params, "
                 "loss_fn=..., batch=...) with loss_fn(params, batch) -> losses "
-                f"[B]{or_else}, or let optax_sam.value_and_update make the call."
+                f"[B]{or_else}, or let optax_sam.value_and_update make the call; with "
+                "Flax, state.apply_loss(loss_fn, batch) of optax_sam.flax.TrainState, "
+                "or nnx_value_and_update, makes it."
             )
 
 
@@ -192,7 +194,7 @@ def as_transformation(
             example = "optax_sam.scale_to_radius(rho=0.05)"
         raise TypeError(
             f"{owner}: {name} must be an Optax gradient transformation, such as "
-            f"{example}; got {tx!r} of type {type(tx).__name__}."
+            f"{example}; got {shown(tx)} of type {type(tx).__name__}."
         )
     keywords = [p for p in _parameters(tx.update).values() if p.kind is p.VAR_KEYWORD]
     if keywords and not isinstance(tx, optax.GradientTransformationExtraArgs):
@@ -210,7 +212,7 @@ def gradient_function(
     agree, gradients do, to the last bit.
 
     Args:
-      loss_fn: Per-example or scalar losses of `(params, batch)`, or None.
+      loss_fn: Per-example or scalar losses of `(params, batch)`, checked, or None.
       batch: The batch for `loss_fn`, or `MISSING`.
       grad_fn: The gradient as a function of params, or None; wins over `loss_fn`.
       **others: Other arguments of the step, which do not matter.
@@ -224,18 +226,18 @@ def gradient_function(
     """
     del others
     if grad_fn is not None:
-        given_fn = checked("grad_fn", grad_fn, "params")
+        owner = called("sharpness_aware")
+        given_fn = checked(owner, "grad_fn", grad_fn, "params")
 
         def given_gradient(params: optax.Params) -> optax.Updates:
             return as_gradient("grad_fn(params)", given_fn(params), params)
 
         return given_gradient
     or_else = ", or pass grad_fn=..."
-    require("sharpness_aware", or_else, loss_fn=loss_fn, batch=batch)
-    loss_fn = checked("loss_fn", loss_fn, "params", "batch")
+    require(called("sharpness_aware"), or_else, loss_fn=loss_fn, batch=batch)
 
     def mean_gradient(params: optax.Params) -> optax.Updates:
-        found, pullback = losses.of_batch(loss_fn, params, batch)
+        found, pullback = losses.linearise(lambda p: loss_fn(p, batch), params)
         gradient: optax.Updates = pullback(losses.uniform_weights(found))
         return gradient
 
@@ -248,24 +250,24 @@ def as_gradient(name: str, gradient: Any, params: optax.Params) -> optax.Updates
     What Flax's variables hold is taken out of them: the gradient with respect to a
     model that is merged from arrays has variables where these have arrays.
     """
-    expected = _paths(params)
+    owner, expected = called("sharpness_aware"), _paths(params)
     if _paths(gradient) == expected:
         structure, leaves = jax.tree.structure(params), jax.tree.leaves(gradient)
         gradient = jax.tree.unflatten(structure, leaves)
     elif type(gradient) is tuple and expected in map(_paths, gradient):
         refuse(
-            "sharpness_aware",
+            owner,
             f"{name} must be a gradient alone, a tree like params",
             jax.tree.structure(gradient),
             "take it out of the tuple that jax.value_and_grad(...), and jax.grad(..., "
             "has_aux=True), return; grad_fn=jax.grad(...) gives it alone",
         )
     remedy = "Take the gradient with respect to the same tree that is passed as params."
-    check_like(name, gradient, params, remedy)
+    check_like(f"{owner}: {name}", gradient, params, remedy)
     for path, leaf in jax.tree.leaves_with_path(gradient):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"sharpness_aware: {name}{jax.tree_util.keystr(path)} has dtype "
+                f"{owner}: {name}{jax.tree_util.keystr(path)} has dtype "
                 f"{jnp.result_type(leaf)}, and a gradient must be real floating point; "
                 "do not round it to integers, of which most are zero."
             )

@@ -18,10 +18,10 @@ import jax
 import optax
 
 from optax_sam._base import batching, trees
-from optax_sam._base.checks import called, check_parameters
+from optax_sam._base.checks import called, calling, check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
 from optax_sam._base.hyperparameters import check_bool
-from optax_sam._engine import protocol
+from optax_sam._engine import batch_loss, protocol
 from optax_sam._engine.ascend import Ascended, ascend
 from optax_sam._engine.groups import Examples, Group, Passes
 from optax_sam._engine.protocol import SharpnessAwareState
@@ -186,12 +186,13 @@ def sharpness_aware(
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         point = protocol.evaluated(params)
-        check_parameters(point)
+        check_parameters(owner, point)
         state = SharpnessAwareState(ascent.init(point), base.init(params))
         check_directions(owner, base, ascent, state, point)
         placed: SharpnessAwareState = place_like(state, point)
         return placed
 
+    @calling(owner)
     def update_fn(
         updates: optax.Updates,
         state: SharpnessAwareState,
@@ -204,11 +205,18 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
         point = protocol.evaluated(params)
-        _check(point, grad_fn, size)
+        check_parameters(owner, point)
+        if size is not None and grad_fn is not None:
+            raise ValueError(
+                f"{owner}: with micro_batch_size each micro-batch has a gradient of "
+                "its own, which grad_fn(params) cannot give; pass loss_fn and batch in "
+                "its place."
+            )
         updates = protocol.as_gradient("grads", updates, point)
         _warn_if_changed(updates, **extra_args)
         devices = _devices_of(own_axis_name, axis_name, sync_ascent)
         extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
+        extra_args = batch_loss.of_step(extra_args)
         averaged = axis_name is not None
         examples = Examples.of_step(point, extra_args, devices, averaged)
 
@@ -248,17 +256,6 @@ def sharpness_aware(
     return protocol.explaining_states(owner, tx)
 
 
-def _check(params: Any, grad_fn: Any, size: int | None) -> None:
-    """Refuses what update cannot be called with."""
-    check_parameters(params)
-    if size is not None and grad_fn is not None:
-        raise ValueError(
-            "sharpness_aware: with micro_batch_size each micro-batch has a gradient of "
-            "its own, which grad_fn(params) cannot give; pass loss_fn and batch in its "
-            "place."
-        )
-
-
 def _warn_if_changed(
     gradient: Any,
     grad: Any = None,
@@ -282,18 +279,19 @@ def _warn_if_changed(
 
 def _devices_of(own: Any, shared: Any, sync_ascent: bool) -> Devices:
     """The devices that share the batch, by the name given here or to the update."""
+    owner = called("sharpness_aware")
     names = [n if isinstance(n, tuple) else (n,) for n in (own, shared)]
     if None not in (own, shared) and names[0] != names[1]:
         raise ValueError(
-            f"sharpness_aware: axis_name = {own!r}, but update was called with "
+            f"{owner}: axis_name = {own!r}, but update was called with "
             f"axis_name = {shared!r}; name the axis in one place only, which for "
             "optax_sam.value_and_update is there."
         )
     devices = Devices(own if shared is None else shared)
-    devices.check("sharpness_aware")
+    devices.check(owner)
     if devices.axis_name is None and not sync_ascent:
         raise ValueError(
-            "sharpness_aware: sync_ascent=False lets every device ascend for itself, "
+            f"{owner}: sync_ascent=False lets every device ascend for itself, "
             "and axis_name is missing; pass the axis of jax.shard_map or jax.pmap, "
             "here or to optax_sam.value_and_update. Under jax.jit micro_batch_size "
             "does the same."

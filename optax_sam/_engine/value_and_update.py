@@ -6,7 +6,6 @@ argument of the step protocol.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import optax
 
-from optax_sam._base.checks import check_parameters
+from optax_sam._base.checks import called, calling, check_parameters, shown
 from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
 from optax_sam._base.losses import clean_pass, linearise, mean_loss
 from optax_sam._engine import protocol
@@ -114,27 +113,31 @@ def value_and_update(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
       Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    tx = protocol.as_transformation("value_and_update", "tx", tx)
+    owner = called("value_and_update")
+    tx = protocol.as_transformation(owner, "tx", tx)
     devices = Devices(axis_name)
-    perturbed_fn = _losses_and_aux("loss_fn", loss_fn, has_aux)
-    clean_fn = perturbed_fn
+    functions = {"loss_fn": _losses_and_aux("loss_fn", loss_fn, has_aux)}
     if ascent_loss_fn is not None:
-        clean_fn = _losses_and_aux("ascent_loss_fn", ascent_loss_fn, has_aux)
+        name = "ascent_loss_fn"
+        functions[name] = _losses_and_aux(name, ascent_loss_fn, has_aux)
     if scoring_loss_fn is not None:
-        scoring_fn = _losses_and_aux("scoring_loss_fn", scoring_loss_fn, has_aux=False)
+        name = "scoring_loss_fn"
+        functions[name] = _losses_and_aux(name, scoring_loss_fn, has_aux=False)
 
+    @calling(owner)
     def step(
         params: optax.Params, opt_state: optax.OptState, *args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
         _check_wrappers(opt_state)
         point = protocol.evaluated(params)
-        check_parameters(point)
-        devices.check("value_and_update")
+        check_parameters(owner, point)
+        devices.check(owner)
         own_params = devices.vary(point)
         batch = args[0] if args else ()
-        of_batch = functools.partial(BatchLoss, args=args)
+        of_batch = {name: BatchLoss(name, fn, args) for name, fn in functions.items()}
+        clean_fn = of_batch.get("ascent_loss_fn", of_batch["loss_fn"])
         losses, pullback, aux = linearise(
-            lambda p: of_batch(clean_fn).with_aux(p, batch), own_params, has_aux=True
+            lambda p: clean_fn.with_aux(p, batch), own_params, has_aux=True
         )
         _check_axes(losses, own_params)
         clean = clean_pass(losses, pullback)
@@ -143,11 +146,9 @@ def value_and_update(
 
         extra_args = protocol.given(
             batch,
-            loss_fn=of_batch(perturbed_fn),
+            **of_batch,
             losses=losses,
             pullback=pullback,
-            ascent_loss_fn=ascent_loss_fn and of_batch(clean_fn),
-            scoring_loss_fn=scoring_loss_fn and of_batch(scoring_fn),
             axis_name=axis_name,
             report=report,
         )
@@ -166,7 +167,7 @@ def value_and_update(
         try:
             return step(params, opt_state, *args)
         except Exception as error:
-            protocol.explain("value_and_update", tx, params, opt_state, error, *args)
+            protocol.explain(owner, tx, params, opt_state, error, *args)
             raise
 
     return explained_step
@@ -182,8 +183,8 @@ def _check_wrappers(opt_state: optax.OptState) -> None:
     for kind, (name, what) in _WRAPPERS.items():
         if any(found(SharpnessAwareState, state) for state in found(kind, opt_state)):
             message = (
-                f"value_and_update: {name} around a sharpness-aware optimizer {what}; "
-                f"put it around the base, sam({name}(sgd, ...), rho)."
+                f"{called('value_and_update')}: {name} around a sharpness-aware "
+                f"optimizer {what}; put it around the base, sam({name}(sgd, ...), rho)."
             )
             if kind is optax.LookaheadState:
                 raise ValueError(message)
@@ -192,10 +193,11 @@ def _check_wrappers(opt_state: optax.OptState) -> None:
 
 def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
     """Makes a function that returns a pair of losses and auxiliary data, or None."""
+    owner = called("value_and_update")
     if not callable(fn):
         raise TypeError(
-            f"value_and_update: {name} must be a function, called as "
-            f"{name}(params, *args); got {fn!r}."
+            f"{owner}: {name} must be a function, called as {name}(params, *args); "
+            f"got {shown(fn)}."
         )
 
     def losses_and_aux(params: optax.Params, *args: Any) -> tuple[Any, Any]:
@@ -204,9 +206,8 @@ def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
             return out, None
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
-                f"value_and_update: with has_aux=True {name} must return a pair "
-                f"(losses, aux), got {type(out).__name__}; return the pair or drop "
-                "has_aux."
+                f"{owner}: with has_aux=True {name} must return a pair (losses, aux), "
+                f"got {type(out).__name__}; return the pair or drop has_aux."
             )
         return out
 
@@ -218,10 +219,10 @@ def _check_axes(losses: jax.Array, params: optax.Params) -> None:
     axes = axes_of(losses) - axes_of(params)
     if axes:
         raise ValueError(
-            f"value_and_update: losses differ along the axes {sorted(map(str, axes))} "
-            "of jax.shard_map and parameters do not, so that JAX would add up the "
-            "devices' gradients; pass axis_name=..., for the mean over these devices, "
-            "or let loss_fn return it by jax.lax.pmean."
+            f"{called('value_and_update')}: losses differ along the axes "
+            f"{sorted(map(str, axes))} of jax.shard_map and parameters do not, so "
+            "that JAX would add up the devices' gradients; pass axis_name=..., for the "
+            "mean over these devices, or let loss_fn return it by jax.lax.pmean."
         )
 
 

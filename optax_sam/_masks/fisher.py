@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -13,7 +14,7 @@ import optax
 from optax_sam._base import batching, trees
 from optax_sam._base.devices import AxisName, Devices
 from optax_sam._base.hyperparameters import check_integer
-from optax_sam._base.losses import check_per_example
+from optax_sam._base.losses import of_example
 
 
 def fisher_diagonal(
@@ -73,11 +74,8 @@ def fisher_diagonal(
     counts = None if axis_name is None else counted[: batching.count(owner, examples)]
     params = devices.vary(params)
 
-    def loss(params: optax.Params, example: Any) -> jax.Array:
-        losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
-        return check_per_example(owner, losses, 1)[0]
-
     # Traced once, for the chunks and the rest.
+    loss = partial(of_example, owner, "loss_fn", loss_fn)
     gradient: Any = jax.jit(jax.grad(loss), inline=True)
 
     def squares(example: Any, counts: jax.Array | None) -> chex.ArrayTree:
@@ -127,7 +125,6 @@ def fisher_from_probes(
     Returns:
       A tree like the parameters, in float32 or wider.
     """
-    check_per_example("fisher_from_probes", losses)
     devices = Devices(axis_name)
     n, counted = _counted(devices, losses.size, num_examples)
 

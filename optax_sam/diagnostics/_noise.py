@@ -76,7 +76,7 @@ def gradient_covariance_trace(
 
         def loss(wide: chex.ArrayTree) -> jax.Array:
             losses = _vector.losses_function(loss_fn, params, example)(wide)
-            return check_per_example(owner, losses, 1)[0]
+            return check_per_example(owner, "loss_fn", losses, 1)[0]
 
         return jax.grad(loss)(_vector.widen(params))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import shown
 from optax_sam._base.hyperparameters import KeyLike, as_key, check_integer, check_number
 from optax_sam.diagnostics import _lanczos, _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn, hessian
@@ -185,8 +186,8 @@ def spectral_density(
     m = min(iterations, trees.size(params))
     if not m:
         raise ValueError(
-            f"{owner}: a Hessian of no parameters has no spectrum, got {params!r}; "
-            "pass the parameters of the model."
+            f"{owner}: a Hessian of no parameters has no spectrum, got "
+            f"{shown(params)}; pass the parameters of the model."
         )
     decompose = _lanczos.process(hessian(loss_fn, params, batch), m)
     start = _loop.compiled(

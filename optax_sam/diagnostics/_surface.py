@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._base import trees
-from optax_sam._base.checks import check_like, check_parameters
+from optax_sam._base.checks import check_like, check_parameters, shown
 from optax_sam._base.hyperparameters import KeyLike, as_key, check_bool, check_integer
 from optax_sam.diagnostics import _loop, _vector
 from optax_sam.diagnostics._hessian import LossFn
@@ -76,7 +76,8 @@ def loss_surface(
     if not isinstance(directions, tuple | list) or len(directions) != len(steps):
         raise ValueError(
             f"{owner}: directions must be {len(steps)} tree(s) in a tuple or list, one "
-            f"each for {' and '.join(('xs', 'ys')[: len(steps)])}; got {directions!r}."
+            f"each for {' and '.join(('xs', 'ys')[: len(steps)])}; got "
+            f"{shown(directions)}."
         )
     for i, direction in enumerate(directions):
         remedy = "Pass a direction in the space of params."
@@ -144,7 +145,7 @@ def filter_normalized_directions(
     count = check_integer(owner, "count", count, low=1, static=True)
     check_bool(owner, "orthogonal", orthogonal)
     seed = as_key(owner, key)
-    check_parameters(params)
+    check_parameters(owner, params)
     found: list[chex.ArrayTree] = []
     draw = _loop.compiled(lambda key: _vector.draw(jax.random.normal, key, params))
     for i in range(count):

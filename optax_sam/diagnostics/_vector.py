@@ -83,12 +83,13 @@ def losses_function(
 
     They are rounded to the dtypes of `params` for `loss_fn`, which may rely on those.
     """
-    check_parameters(params)
-    loss_fn = checked("loss_fn", loss_fn, "params", "batch")
+    owner = "diagnostics"
+    check_parameters(owner, params)
+    loss_fn = checked(owner, "loss_fn", loss_fn, "params", "batch")
 
     def losses(wide: chex.ArrayTree) -> jax.Array:
         at = trees.cast_like(wide, params)
-        found: jax.Array = widen(check_losses(loss_fn(at, batch)))
+        found: jax.Array = widen(check_losses(owner, "loss_fn", loss_fn(at, batch)))
         return found
 
     return losses

@@ -198,6 +198,32 @@ def test_scalar_losses(estimator):
         update(make(estimator=estimator), loss_fn=lambda p, b: jnp.sum(p["b0"]))
 
 
+def step(loss_fn, *args):
+    tx = optax_sam.sparse_sam(optax.sgd(0.1), 0.1, PATTERN, refresh_every=1)
+    state = jax.eval_shape(tx.init, PROBLEM.params)
+    made = optax_sam.value_and_update(loss_fn, tx)
+    return jax.eval_shape(made, PROBLEM.params, state, *args)
+
+
+def test_errors_of_losses_say_that_examples_are_scored_alone():
+    x, y = PROBLEM.batch
+
+    def loss_fn(params, x, y):
+        return PROBLEM.loss_fn(params, (x, y))
+
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=r"sparse_sam: loss_fn was called with 4 of the 16 .*\(x, y\)",
+    ):
+        step(loss_fn, x, y)
+    with pytest.raises(ValueError, match="sparse_sam: no batch was passed"):
+        step(lambda params: PROBLEM.loss_fn(params, PROBLEM.batch))
+    with pytest.raises(
+        ValueError, match=r"sparse_sam: .*\[1\], and loss_fn returned .*\[10\]; only"
+    ):
+        step(lambda p, b: jnp.broadcast_to(p["b0"][0], 10), PROBLEM.batch)
+
+
 def test_masks_that_do_not_fit():
     state = make().init(PROBLEM.params)
     wrong_shape = state._replace(mask=state.mask | {"b0": jnp.ones(3, bool)})

@@ -352,14 +352,14 @@ def test_the_base_gets_what_the_micro_batches_found():
 
 
 @pytest.mark.parametrize(
-    ("losses", "size", "shape"),
+    ("losses", "size", "returned"),
     [
-        (lambda errors: errors, 1, r"\[8\]"),
-        (lambda errors: jnp.mean(errors), 1, r"\[\]"),
-        (lambda errors: errors[:, None] + errors[None], 4, r"\[4, 4\]"),
+        (lambda errors: errors, 1, r"\[8\]; only its first .* \(x, y\)"),
+        (lambda errors: jnp.mean(errors), 1, r"\[\]; leave the mean"),
+        (lambda errors: errors[:, None] + errors[None], 4, r"\[4, 4\]; only its"),
     ],
 )
-def test_losses_that_are_not_those_of_the_micro_batch(losses, size, shape):
+def test_losses_that_are_not_those_of_the_micro_batch(losses, size, returned):
     """As where `loss_fn(params, x, y)` is given `y` of the whole batch."""
 
     def loss_fn(w, x, y):
@@ -368,9 +368,29 @@ def test_losses_that_are_not_those_of_the_micro_batch(losses, size, shape):
 
     tx, w = optax_sam.m_sam(optax.sgd(0.1), 0.1, size), jnp.float32(1)
     step = optax_sam.value_and_update(loss_fn, tx)
-    message = rf"micro_batch_size = {size}, .*shape {shape} for .*\[{size}\].*\(x, y\)"
+    message = rf"^m_sam: .*, shape \[{size}\], and loss_fn returned shape {returned}"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(step, w, tx.init(w), jnp.ones(8), jnp.ones(8))
+
+
+def test_an_error_of_a_loss_says_that_it_was_called_with_a_part_of_the_batch():
+    tx, w = optax_sam.m_sam(optax.sgd(0.1), 0.1, 4), jnp.float32(1)
+    x, y = jnp.ones((8, 1)), jnp.ones((8, 1))
+    state = tx.init(w)
+    note = r"m_sam: loss_fn was called with 4 of the 8 .* such as \(x, y\)"
+    step = optax_sam.value_and_update(lambda w, x, y: jnp.sum(w * x - y, -1), tx)
+    with pytest.raises(TypeError, match=note):
+        jax.eval_shape(step, w, state, x, y)
+    update = functools.partial(tx.update, loss_fn=lambda w, x: jnp.sum(w * x - y, -1))
+    with pytest.raises(TypeError, match=note):
+        jax.eval_shape(lambda: update(w, state, w, batch=x))
+
+    def wrong(w, x):
+        raise TypeError("wrong")
+
+    with pytest.raises(TypeError, match="wrong") as caught:
+        jax.eval_shape(optax_sam.value_and_update(wrong, tx), w, state, x)
+    assert "examples" not in "".join(getattr(caught.value, "__notes__", []))
 
 
 def of_first_half(params, batch):
@@ -498,7 +518,7 @@ def test_batches_that_cannot_be_cut():
     with pytest.raises(ValueError, match=r"got lengths \[3, 16\]"):
         run(leafy, {"examples": (x, labels), "extra": jnp.ones(3)})
     constant = problem._replace(loss_fn=lambda p, b: problem.loss_fn(p, (x, labels)))
-    with pytest.raises(ValueError, match="got lengths of no arrays"):
+    with pytest.raises(ValueError, match=r"^m_sam: no batch was passed"):
         run(constant, ())
 
 

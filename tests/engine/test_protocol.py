@@ -33,7 +33,7 @@ def test_missing_params():
 )
 def test_missing_loss_or_batch(extra_args, missing):
     with pytest.raises(
-        ValueError, match=f"sharpness_aware: .*{missing} is missing.*grad_fn"
+        ValueError, match=f"^sam: {missing} is missing.*grad_fn.*TrainState"
     ):
         update(**extra_args)
 
@@ -322,6 +322,42 @@ def test_messages_of_an_update_name_what_was_called():
     tx = optax_sam.rw_sam(optax.sgd(0.1), rho=0.1, strength=0.1)
     with pytest.raises(ValueError, match=r"^rw_sam: loss_fn is missing"):
         update(tx=tx, grad_fn=lambda p: p)
+    for arguments, message in [
+        ({"params": None}, "^sam: params is None"),
+        ({"params": {"n": 1}}, r"^sam: params\['n'\] has dtype int32"),
+        (
+            {"grads": {"w": jnp.ones(3)}, "grad_fn": lambda p: p},
+            "^sam: grads must have",
+        ),
+        ({"grad_fn": lambda p: {}}, r"^sam: grad_fn\(params\) must have"),
+        ({"grad_fn": PARAMS}, "^sam: grad_fn must be a function"),
+        ({"loss_fn": lambda p, b: 0.0, "batch": 0}, "^sam: loss_fn must return"),
+        ({"loss_fn": lambda p, b: b, "batch": jnp.ones((2, 3))}, "^sam: loss_fn must"),
+        (
+            {"loss_fn": losses, "ascent_loss_fn": 0, "batch": 0},
+            "^sam: ascent_loss_fn must be a function",
+        ),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            jax.eval_shape(lambda arguments=arguments: update(**arguments))
+
+
+def test_values_in_messages_are_cut_short():
+    params = {"w": jnp.ones((64, 64)), "b": jnp.zeros(64)}
+    step = optax_sam.value_and_update
+    for call in [
+        lambda: optax_sam.sam(optax.sgd(0.1), params),
+        lambda: optax_sam.sam(params, 0.1),
+        lambda: step(params, TX),
+        lambda: step(losses, params),
+        lambda: step(losses, TX, ascent_loss_fn=params),
+        lambda: TX.update(params, TX.init(params), params, grad_fn=params),
+    ]:
+        with pytest.raises(
+            TypeError, match=r"got float32\[64\], float32\[64, 64\]"
+        ) as e:
+            call()
+        assert len(str(e.value)) < 400
 
 
 @pytest.mark.parametrize(

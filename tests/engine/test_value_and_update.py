@@ -145,6 +145,43 @@ def test_losses_that_are_no_functions(name):
         optax_sam.value_and_update(tx=optax.sgd(0.1), **functions)
 
 
+@pytest.mark.parametrize("name", ["loss_fn", "ascent_loss_fn", "scoring_loss_fn"])
+def test_messages_name_the_function_that_was_called(name):
+    """Whose losses of the single examples are wrong, or are not those."""
+    link = optax_sam.sparsify_by_fisher(optax_sam.n_m(1, 2), refresh_every=1)
+    if name == "ascent_loss_fn":
+        link = optax_sam.reweight_by_sharpness(0.1, key=0)
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), link)
+
+    def step(losses_of, **kwargs):
+        functions = {"loss_fn": PROBLEM.loss_fn, name: losses_of}
+        step = optax_sam.value_and_update(tx=tx, **functions, **kwargs)
+        state = jax.eval_shape(tx.init, PROBLEM.params)
+        return jax.eval_shape(step, PROBLEM.params, state, PROBLEM.batch)
+
+    with pytest.raises(ValueError, match=rf"each example.* and {name} returned .*mean"):
+        step(lambda p, b: jnp.mean(PROBLEM.loss_fn(p, b)))
+    with pytest.raises(TypeError, match=f": {name} must return a JAX array.*tuple"):
+        step(lambda p, b: (PROBLEM.loss_fn(p, b), 0))
+
+
+def test_auxiliary_data_of_a_scoring_loss():
+    tx = optax_sam.sharpness_aware(
+        optax.sgd(0.1),
+        optax_sam.sparsify_by_fisher(optax_sam.n_m(1, 2), refresh_every=1),
+    )
+
+    def with_aux(params, batch):
+        return PROBLEM.loss_fn(params, batch), 0
+
+    step = optax_sam.value_and_update(
+        with_aux, tx, has_aux=True, scoring_loss_fn=with_aux
+    )
+    state = jax.eval_shape(tx.init, PROBLEM.params)
+    with pytest.raises(TypeError, match=r"scoring_loss_fn must.* no auxiliary data"):
+        jax.eval_shape(step, PROBLEM.params, state, PROBLEM.batch)
+
+
 def test_a_base_gets_no_scoring_loss_it_does_not_name():
     seen = []
 

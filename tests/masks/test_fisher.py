@@ -105,7 +105,7 @@ def test_batches_without_one_axis_of_examples():
     for batch, message in [
         ((x, y[:3]), r"one axis of examples in common.*\[3, 16\]"),
         ((x, y, jnp.float32(0)), r"batch\[2\] is a scalar"),
-        ((), "of no arrays"),
+        ((), "no batch was passed"),
     ]:
         with pytest.raises(ValueError, match=message):
             optax_sam.fisher_diagonal(problem.loss_fn, problem.params, batch)
