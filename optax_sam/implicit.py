@@ -34,6 +34,7 @@ from flax import nnx
 from jax import lax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import shown
 from optax_sam._base.hyperparameters import as_decimal
 
 __all__ = [
@@ -167,7 +168,7 @@ class Channels(_Backward):
         ):
             raise TypeError(
                 "Channels: sparsity must be a Python number, since it sets the shapes "
-                f"of products; got {self.sparsity!r}. Pass a number in [0, 1)."
+                f"of products; got {shown(self.sparsity)}. Pass a number in [0, 1)."
             )
         if not 0 <= self.sparsity < 1:
             raise ValueError(

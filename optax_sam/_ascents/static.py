@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from optax_sam._base import trees
+from optax_sam._base.checks import shown
 from optax_sam._masks.patterns import check_sparsity
 
 
@@ -137,7 +138,7 @@ def select_layers(
     for layer in layers:
         if not (isinstance(layer, str) or callable(layer)):
             raise TypeError(
-                f"select_layers: got {layer!r}; pass names such as 'Dense_0', or "
+                f"select_layers: got {shown(layer)}; pass names such as 'Dense_0', or "
                 "functions from the path of a leaf to a bool."
             )
 

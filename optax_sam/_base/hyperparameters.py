@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam._base.checks import refuse
+from optax_sam._base.checks import refuse, shown
 
 ScalarOrSchedule: TypeAlias = chex.Numeric | optax.Schedule
 KeyLike: TypeAlias = int | jax.Array
@@ -151,7 +151,7 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
     """Refuses a value that is not among the choices."""
     if not (isinstance(value, str) and value in choices):
         raise ValueError(
-            f"{owner}: {name} = {value!r} is unknown; pass "
+            f"{owner}: {name} = {shown(value)} is unknown; pass "
             f"{' or '.join(map(repr, choices))}, and {_STATIC}."
         )
 

@@ -78,8 +78,8 @@ def check_losses(owner: str, name: str, losses: Any) -> jax.Array:
             remedy = "It has no auxiliary data, whatever has_aux is."
         elif isinstance(losses, tuple):
             remedy = (
-                "If it returns (losses, aux), use value_and_update(..., has_aux=True), "
-                "or leave aux out of the loss_fn given to update."
+                "If it returns (losses, aux), make the step with has_aux=True, or "
+                "leave aux out of the loss_fn given to update."
             )
         raise TypeError(
             f"{owner}: {name} must return a JAX array of losses, [B] or a scalar, got "

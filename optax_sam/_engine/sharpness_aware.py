@@ -188,6 +188,8 @@ def sharpness_aware(
         point = protocol.evaluated(params)
         check_parameters(owner, point)
         state = SharpnessAwareState(ascent.init(point), base.init(params))
+        if point is not params:
+            _check_lookahead(owner, state.base_state)
         check_directions(owner, base, ascent, state, point)
         placed: SharpnessAwareState = place_like(state, point)
         return placed
@@ -254,6 +256,20 @@ def sharpness_aware(
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return protocol.explaining_states(owner, tx)
+
+
+def _check_lookahead(owner: str, base_state: optax.OptState) -> None:
+    """Refuses the parameters of `optax.lookahead` for a base that is something else."""
+
+    def is_lookahead(x: Any) -> bool:
+        return isinstance(x, optax.LookaheadState)
+
+    if not any(map(is_lookahead, jax.tree.leaves(base_state, is_leaf=is_lookahead))):
+        raise TypeError(
+            f"{owner}: params are optax.LookaheadParams, and base is not "
+            "optax.lookahead, which alone moves both the fast and the slow ones; pass "
+            "optax.lookahead(base, ...) as base, or params.fast."
+        )
 
 
 def _warn_if_changed(

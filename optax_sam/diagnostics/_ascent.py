@@ -280,7 +280,7 @@ def _ascent_step(
 def _losses_only(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     def losses(*args: Any) -> jax.Array:
         out = loss_fn(*args)
-        return check_losses("take_ascent", "loss_fn", out[0] if has_aux else out)
+        return check_losses("ascent_metrics", "loss_fn", out[0] if has_aux else out)
 
     return losses
 

@@ -342,6 +342,14 @@ def test_messages_of_an_update_name_what_was_called():
             jax.eval_shape(lambda arguments=arguments: update(**arguments))
 
 
+def test_parameters_of_lookahead_for_another_base():
+    both = optax.LookaheadParams.init_synced(PARAMS)
+    with pytest.raises(TypeError, match=r"^sam: params are .*optax\.lookahead\(base"):
+        TX.init(both)
+    lookahead = optax.lookahead(optax.sgd(0.1), 5, 0.5)
+    jax.eval_shape(optax_sam.sam(optax.chain(lookahead), 0.1).init, both)
+
+
 def test_values_in_messages_are_cut_short():
     params = {"w": jnp.ones((64, 64)), "b": jnp.zeros(64)}
     step = optax_sam.value_and_update
