@@ -151,7 +151,8 @@ def test_messages_name_the_function_that_was_called(name):
     link = optax_sam.sparsify_by_fisher(optax_sam.n_m(1, 2), refresh_every=1)
     if name == "ascent_loss_fn":
         link = optax_sam.reweight_by_sharpness(0.1, key=0)
-    tx = optax_sam.sharpness_aware(optax.sgd(0.1), link)
+    radius = optax_sam.scale_to_radius(0.1)
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), optax.chain(link, radius))
 
     def step(losses_of, **kwargs):
         functions = {"loss_fn": PROBLEM.loss_fn, name: losses_of}
@@ -166,10 +167,8 @@ def test_messages_name_the_function_that_was_called(name):
 
 
 def test_auxiliary_data_of_a_scoring_loss():
-    tx = optax_sam.sharpness_aware(
-        optax.sgd(0.1),
-        optax_sam.sparsify_by_fisher(optax_sam.n_m(1, 2), refresh_every=1),
-    )
+    pattern = optax_sam.n_m(1, 2)
+    tx = optax_sam.sparse_sam(optax.sgd(0.1), 0.1, pattern, refresh_every=1)
 
     def with_aux(params, batch):
         return PROBLEM.loss_fn(params, batch), 0
