@@ -4,15 +4,20 @@ Start with `value_and_update(loss_fn, tx)`, the training step of any Optax optim
 and with a method around the optimizer that moves the parameters, such as
 `tx = sam(optax.sgd(0.1), rho=0.05)`:
 
-* `sam`, `asam`, `vasso`, `sparse_sam`, `dynamic_sparse_sam`, `rw_sam`, `m_sam`.
+* `sam`, `asam`, `vasso`, `friendly_sam`, `sparse_sam`, `dynamic_sparse_sam`, `rw_sam`,
+  `m_sam`, and `gsam` and `wsam`, which descend in another way.
 
 To combine methods, chain their ascents, `sharpness_aware(base, optax.chain(...))`, in
 the order of this list:
 
-* `reweight_by_sharpness` (RW-SAM), `suppress_variance` (VaSSO),
+* `reweight_by_sharpness` (RW-SAM), `suppress_variance` (VaSSO) or
+  `remove_common_direction` (Friendly SAM),
 * `scale_to_radius` (SAM) or `adapt_to_scale` (ASAM),
 * `sparsify_by_fisher`, `sparsify_dynamically` (Sparse SAM); before all of them
   `perturb_only`, with a mask by `select_layers` or `choose_layers`.
+
+`gap_descent` (GSAM) and `weighted_descent` (WSAM) are first links of the base, for any
+ascent.
 
 Masks for Sparse SAM come from a pattern, `unstructured`, `structured` or `n_m`, of
 scores such as `fisher_diagonal`.
@@ -24,6 +29,11 @@ What a function takes and returns is in its own help, `help(optax_sam.sam)`.
 
 from optax_sam import diagnostics
 from optax_sam._ascents.asam import AdaptToScaleState, adapt_to_scale, asam
+from optax_sam._ascents.friendly_sam import (
+    RemoveCommonDirectionState,
+    friendly_sam,
+    remove_common_direction,
+)
 from optax_sam._ascents.rw_sam import (
     ReweightBySharpnessState,
     reweight_by_sharpness,
@@ -42,6 +52,8 @@ from optax_sam._ascents.sparse_fisher import (
 )
 from optax_sam._ascents.static import choose_layers, perturb_only, select_layers
 from optax_sam._ascents.vasso import SuppressVarianceState, suppress_variance, vasso
+from optax_sam._descents.gsam import GapDescentState, gap_descent, gsam
+from optax_sam._descents.wsam import WeightedDescentState, weighted_descent, wsam
 from optax_sam._engine.protocol import SharpnessAwareState
 from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._engine.value_and_update import value_and_update
@@ -52,21 +64,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptToScaleState",
+    "GapDescentState",
+    "RemoveCommonDirectionState",
     "ReweightBySharpnessState",
     "ScaleToRadiusState",
     "SharpnessAwareState",
     "SparsifyByFisherState",
     "SparsifyDynamicallyState",
     "SuppressVarianceState",
+    "WeightedDescentState",
     "adapt_to_scale",
     "asam",
     "choose_layers",
     "diagnostics",
     "dynamic_sparse_sam",
     "fisher_diagonal",
+    "friendly_sam",
+    "gap_descent",
+    "gsam",
     "m_sam",
     "n_m",
     "perturb_only",
+    "remove_common_direction",
     "reweight_by_sharpness",
     "rw_sam",
     "sam",
@@ -81,4 +100,6 @@ __all__ = [
     "unstructured",
     "value_and_update",
     "vasso",
+    "weighted_descent",
+    "wsam",
 ]

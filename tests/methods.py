@@ -66,6 +66,11 @@ METHODS = {
         injected={"delta": 1e-3, "estimator": "finite_difference"},
     ),
     "micro-batches": Method(optax_sam.m_sam, {"rho": 0.1}, {"micro_batch_size": 4}),
+    "friendly": Method(
+        optax_sam.friendly_sam, {"rho": 0.1, "sigma": 0.8, "decay": 0.9}
+    ),
+    "gsam": Method(optax_sam.gsam, {"rho": 0.1, "alpha": 0.2}),
+    "wsam": Method(optax_sam.wsam, {"rho": 0.1, "gamma": 0.8}),
     "sam on matrices": Method(sam_on_matrices, {"rho": 0.1}),
 }
 HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}

@@ -13,6 +13,8 @@ import optax_sam
 API = {
     "optax_sam": """
 AdaptToScaleState(count)
+GapDescentState(count)
+RemoveCommonDirectionState(count, common)
 ReweightBySharpnessState(key, count, effective_sample_size, largest_weight,
     mean_directional_norm)
 ScaleToRadiusState(count)
@@ -20,6 +22,7 @@ SharpnessAwareState(ascent_state, base_state)
 SparsifyByFisherState(count, mask, since, key)
 SparsifyDynamicallyState(count, mask, since, key)
 SuppressVarianceState(count, direction)
+WeightedDescentState(count, base_state=())
 adapt_to_scale(rho, *, eta=0.0)
 asam(base, rho, *, eta=0.0)
 choose_layers(scores, sparsity, *, cost=None)
@@ -28,9 +31,13 @@ dynamic_sparse_sam(base, rho, sparsity, *, refresh_every, decay_steps,
     drop_fraction=0.5, drop_by='gradient', grow_by='random', key=0, rescale=False)
 fisher_diagonal(loss_fn, params, batch, *, num_examples=None, chunk_size=4,
     axis_name=None)
+friendly_sam(base, rho, sigma=1.0, decay=0.9)
+gap_descent(alpha)
+gsam(base, rho, alpha)
 m_sam(base, rho, micro_batch_size, *, micro_batches_at_once=1)
 n_m(n, m, axis=-1)
 perturb_only(mask)
+remove_common_direction(sigma=1.0, decay=0.9)
 reweight_by_sharpness(strength, *, key, delta=0.0001, num_probes=1,
     estimator='auto', normalize=False)
 rw_sam(base, rho, strength, *, key=0, delta=0.0001, num_probes=1,
@@ -52,6 +59,8 @@ unstructured(sparsity)
 value_and_update(loss_fn, tx, *, has_aux=False, ascent_loss_fn=None,
     scoring_loss_fn=None, axis_name=None)
 vasso(base, rho, theta, *, accumulator_dtype=None)
+weighted_descent(gamma)
+wsam(base, rho, gamma, *, learning_rate=None)
 """,
     "optax_sam.diagnostics": """
 AscentMetrics(clean_loss, perturbed_loss, gap, perturbation_norm, mask_density,

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "_engine": {"_base", "_engine"},
     "_masks": {"_base", "_masks"},
     "_ascents": {"_base", "_engine", "_masks", "_ascents.sam"},
+    "_descents": {"_base", "_engine", "_ascents.sam"},
     "diagnostics": {"_base", "_engine", "_masks", "diagnostics"},
     "flax": {"_base", "_engine"},
     "implicit": {"_base"},

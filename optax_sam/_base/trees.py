@@ -74,6 +74,16 @@ def displace(params: optax.Params, displacement: chex.ArrayTree) -> optax.Params
     return jax.tree.map(move, displacement, params, is_leaf=is_absent)
 
 
+def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+    """The inner product of two trees, in float32 or wider."""
+
+    def of_leaves(x: Any, y: Any) -> jax.Array:
+        wide = accumulator_dtype(jnp.result_type(x, y))
+        return jnp.sum(jnp.asarray(x, wide) * jnp.asarray(y, wide))
+
+    return jnp.sum(stack(jax.tree.map(of_leaves, a, b)))
+
+
 def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether no entry of a tree is infinite or NaN."""
 

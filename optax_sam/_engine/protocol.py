@@ -146,6 +146,15 @@ def require(owner: str, or_else: str = "", **arguments: Any) -> None:
             )
 
 
+def require_clean_gradient(owner: str, grad: Any) -> None:
+    """Refuses to descend without the clean gradient beside the perturbed one."""
+    if grad is None:
+        raise ValueError(
+            f"{owner}: grad, the clean gradient, is missing; make the link a part of "
+            "the base, sharpness_aware(optax.chain(link, sgd), ascent), which gives it."
+        )
+
+
 def accepted(
     update: Callable[..., Any],
     extra_args: Mapping[str, Any],

@@ -143,10 +143,10 @@ def sharpness_aware(
       * `axis_name`: as above, with the difference that `grads` is the mean over devices
         already.
 
-      All of these reach the ascent. The base gets every other extra argument, and of
-      these only what its update spells out by name (its own update, not one inside a
-      chain). :func:`value_and_update` makes the call with all of them. Updates have
-      the dtypes that the base gives them.
+      All of these reach the ascent. The base gets every other extra argument, `grad`,
+      the clean gradient, and of these only what its update spells out by name (its own
+      update, not one inside a chain). :func:`value_and_update` makes the call with all
+      of them. Updates have the dtypes that the base gives them.
 
     Raises:
       TypeError: If `base` or `ascent` is no transformation, a number of micro-batches
@@ -247,7 +247,9 @@ def sharpness_aware(
             passes = passes._replace(ascent_state=advanced.state)
             examples = examples.as_found(passes)
         base_args = protocol.accepted(
-            base.update, examples.shared_arguments, withhold=protocol.ARGUMENTS
+            base.update,
+            {"grad": passes.clean_gradient} | examples.shared_arguments,
+            withhold=protocol.ARGUMENTS,
         )
         updates, base_state = base.update(
             passes.gradient, state.base_state, params, **base_args
