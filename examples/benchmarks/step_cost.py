@@ -81,6 +81,9 @@ ROWS: Mapping[str, Row] = {
     "optax_sam.sam": engine(optax_sam.sam(BASE, RHO)),
     "optax_sam.asam": engine(optax_sam.asam(BASE, 10 * RHO)),
     "optax_sam.vasso": engine(optax_sam.vasso(BASE, RHO, theta=0.4)),
+    "optax_sam.friendly_sam": engine(optax_sam.friendly_sam(BASE, RHO)),
+    "optax_sam.gsam": engine(optax_sam.gsam(BASE, RHO, alpha=0.2)),
+    "optax_sam.wsam": engine(optax_sam.wsam(BASE, RHO, gamma=0.8)),
     "optax_sam.rw_sam": engine(optax_sam.rw_sam(BASE, RHO, strength=0.1)),
     "optax_sam.rw_sam jvp": engine(
         optax_sam.rw_sam(BASE, RHO, strength=0.1, estimator="jvp")

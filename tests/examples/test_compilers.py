@@ -24,6 +24,9 @@ SAME = {
     "sam": "sam_by_hand",
     "asam": "asam_by_hand",
     "vasso": "vasso_by_hand",
+    "friendly_sam": "friendly_sam_by_hand",
+    "gsam": "gsam_by_hand",
+    "wsam": "wsam_by_hand",
     "m_sam": "m_sam_by_hand",
     "perturb_only": "perturb_only_by_hand",
 }

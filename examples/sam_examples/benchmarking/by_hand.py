@@ -15,6 +15,8 @@ from sam_examples.benchmarking.measure import Update
 
 # perturb(params, gradient, state) -> perturbed parameters, state
 Perturb = Callable[[Any, Any, Any], tuple[Any, Any]]
+# descend(perturbed gradient, clean gradient) -> what the base descends along
+Descend = Callable[[Any, Any], Any]
 
 
 class State(NamedTuple):
@@ -61,15 +63,19 @@ def contrib_sam(value_and_grad: Any, tx: Any) -> Update:
 
 
 def perturbed(
-    value_and_grad: Any, base: optax.GradientTransformation, perturb: Perturb
+    value_and_grad: Any,
+    base: optax.GradientTransformation,
+    perturb: Perturb,
+    descend: Descend = lambda perturbed, clean: perturbed,
 ) -> Update:
-    """A method that descends along the gradient at parameters it has perturbed."""
+    """A method that takes a second gradient at parameters it has perturbed."""
 
     def update(params: Any, opt_state: State, *args: Any) -> Any:
-        value, grads = value_and_grad(params, *args)
-        elsewhere, own = perturb(params, grads, opt_state.own)
-        _, grads = value_and_grad(elsewhere, *args)
-        updates, base_state = base.update(grads, opt_state.base, params)
+        value, clean = value_and_grad(params, *args)
+        elsewhere, own = perturb(params, clean, opt_state.own)
+        _, perturbed = value_and_grad(elsewhere, *args)
+        direction = descend(perturbed, clean)
+        updates, base_state = base.update(direction, opt_state.base, params)
         return value, updates, State(own, base_state)
 
     return update
@@ -89,6 +95,37 @@ def with_state(
     )
 
 
+def sam(rho: float) -> Perturb:
+    """Perturbs along the gradient."""
+
+    def perturb(params: Any, grads: Any, own: Any) -> tuple[Any, Any]:
+        scale = rho / (optax.tree.norm(grads) + 1e-12)
+        return jax.tree.map(lambda p, g: p + scale * g, params, grads), own
+
+    return perturb
+
+
+def gap(alpha: float) -> Descend:
+    """Takes from the perturbed gradient what of the clean one is across it."""
+
+    def descend(perturbed: Any, clean: Any) -> Any:
+        share = optax.tree.vdot(clean, perturbed)
+        share /= optax.tree.norm(perturbed, squared=True) + 1e-12
+        return jax.tree.map(lambda p, g: p - alpha * (g - share * p), perturbed, clean)
+
+    return descend
+
+
+def weighted(gamma: float) -> Descend:
+    """Adds the difference of the two gradients to the clean one, with a weight."""
+    weight = gamma / (1 - gamma)
+
+    def descend(perturbed: Any, clean: Any) -> Any:
+        return jax.tree.map(lambda p, g: g + weight * (p - g), perturbed, clean)
+
+    return descend
+
+
 def asam(rho: float) -> Perturb:
     """Perturbs each weight in proportion to its size."""
 
@@ -106,7 +143,7 @@ def asam(rho: float) -> Perturb:
 
 
 class Average(NamedTuple):
-    """The average of VaSSO's gradients.
+    """An average of gradients.
 
     Attributes:
       size: how many gradients it is of.
@@ -130,6 +167,20 @@ def vasso(rho: float, theta: float) -> Perturb:
         mean = jax.tree.map(lambda d, g: (1 - share) * d + share * g, own.mean, grads)
         scale = rho / (optax.tree.norm(mean) + 1e-12)
         elsewhere = jax.tree.map(lambda p, d: p + scale * d, params, mean)
+        return elsewhere, Average(own.size + 1, mean)
+
+    return perturb
+
+
+def friendly_sam(rho: float, sigma: float, decay: float) -> Perturb:
+    """Perturbs along the gradient less the average of those before."""
+
+    def perturb(params: Any, grads: Any, own: Average) -> tuple[Any, Average]:
+        share = jnp.where(own.size == 0, 1.0, 1 - decay)
+        rest = jax.tree.map(lambda m, g: g - sigma * m, own.mean, grads)
+        mean = jax.tree.map(lambda m, g: (1 - share) * m + share * g, own.mean, grads)
+        scale = rho / (optax.tree.norm(rest) + 1e-12)
+        elsewhere = jax.tree.map(lambda p, d: p + scale * d, params, rest)
         return elsewhere, Average(own.size + 1, mean)
 
     return perturb

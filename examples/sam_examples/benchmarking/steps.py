@@ -15,6 +15,7 @@ from sam_examples.benchmarking.problems import Case
 Base: TypeAlias = optax.GradientTransformation
 BASE = "base"
 THETA, STRENGTH, SPARSITY = 0.4, 0.1, 0.5
+SIGMA, DECAY, ALPHA, GAMMA = 1.0, 0.9, 0.2, 0.8
 BETWEEN = 1  # Masks are made at the first step; at a count past it none is due.
 
 
@@ -71,11 +72,13 @@ def library(make_tx: Callable[[Case, Base], Base]) -> Any:
     return make
 
 
-def perturbed(perturb: by_hand.Perturb, init: Callable[[Any], Any]) -> Any:
+def perturbed(
+    perturb: by_hand.Perturb, init: Callable[[Any], Any], *descend: by_hand.Descend
+) -> Any:
     """A method by hand that keeps something, which `init` makes of the parameters."""
 
     def make(case: Case, base: Base) -> tuple[Base, Update]:
-        update = by_hand.perturbed(value_and_grad(case), base, perturb)
+        update = by_hand.perturbed(value_and_grad(case), base, perturb, *descend)
         return by_hand.with_state(base, init), update
 
     return make
@@ -169,6 +172,23 @@ METHODS: Mapping[str, Method] = {
     "vasso": Method(
         library(lambda _, base: optax_sam.vasso(base, RHO, theta=THETA)),
         "vasso_by_hand",
+    ),
+    "friendly_sam_by_hand": Method(
+        perturbed(by_hand.friendly_sam(RHO, SIGMA, DECAY), by_hand.init_average)
+    ),
+    "friendly_sam": Method(
+        library(lambda _, base: optax_sam.friendly_sam(base, RHO, SIGMA, DECAY)),
+        "friendly_sam_by_hand",
+    ),
+    "gsam_by_hand": Method(perturbed(by_hand.sam(RHO), nothing, by_hand.gap(ALPHA))),
+    "gsam": Method(
+        library(lambda _, base: optax_sam.gsam(base, RHO, ALPHA)), "gsam_by_hand"
+    ),
+    "wsam_by_hand": Method(
+        perturbed(by_hand.sam(RHO), nothing, by_hand.weighted(GAMMA))
+    ),
+    "wsam": Method(
+        library(lambda _, base: optax_sam.wsam(base, RHO, GAMMA)), "wsam_by_hand"
     ),
     "mask_by_hand": Method(perturbed(by_hand.masked_sam(RHO), by_hand.init_mask)),
     "sparse_sam_between": Method(library(fisher), "mask_by_hand", BETWEEN),
