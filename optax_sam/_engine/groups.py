@@ -56,6 +56,15 @@ class Passes(NamedTuple):
     finite: jax.Array
     found: chex.ArrayTree = None
 
+    @property
+    def finite_gradient(self) -> optax.Updates:
+        """The clean gradient, or the other in its place where it is not finite."""
+        return jax.tree.map(
+            lambda a, b: jnp.where(self.finite, a, b),
+            self.clean_gradient,
+            self.gradient,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:

@@ -143,10 +143,11 @@ def sharpness_aware(
       * `axis_name`: as above, with the difference that `grads` is the mean over devices
         already.
 
-      All of these reach the ascent. The base gets every other extra argument, `grad`,
-      the clean gradient, and of these only what its update spells out by name (its own
-      update, not one inside a chain). :func:`value_and_update` makes the call with all
-      of them. Updates have the dtypes that the base gives them.
+      All of these reach the ascent. The base gets every other extra argument, as `grad`
+      the clean gradient (where that is not finite, the one it descends along), and of
+      these only what its update spells out by name (its own update, not one inside a
+      chain). :func:`value_and_update` makes the call with all of them. Updates have
+      the dtypes that the base gives them.
 
     Raises:
       TypeError: If `base` or `ascent` is no transformation, a number of micro-batches
@@ -248,7 +249,7 @@ def sharpness_aware(
             examples = examples.as_found(passes)
         base_args = protocol.accepted(
             base.update,
-            {"grad": passes.clean_gradient} | examples.shared_arguments,
+            examples.shared_arguments | {"grad": passes.finite_gradient},
             withhold=protocol.ARGUMENTS,
         )
         updates, base_state = base.update(

@@ -115,7 +115,7 @@ def test_compiled_state_is_placed_like_the_parameters(method, layout):
     tx = method(base)
     params = layout(PROBLEM.params)
     state = jax.jit(tx.init)(params)
-    assert state.base_state.inner_state[0].mu["w1"].sharding == params["w1"].sharding
+    assert optax.tree.get(state, "mu")["w1"].sharding == params["w1"].sharding
     named = {path[-1:]: x for path, x in jax.tree.leaves_with_path(params)}
     for path, x in jax.tree.leaves_with_path(state):
         if path[-1:] in named:

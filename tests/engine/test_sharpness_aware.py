@@ -93,19 +93,34 @@ def test_parameters_come_back_exactly():
 def test_base_gets_value_and_unknown_arguments_but_not_the_protocols():
     base, seen = recorder()
     by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS, value=1.5, tag="mine")
+    del seen["extra_args"]["grad"]
     assert seen["extra_args"] == {"value": 1.5, "tag": "mine"}
+
+
+def test_base_gets_the_clean_gradient_where_it_is_finite():
+    def update_fn(updates, state, params=None, *, grad, **extra_args):
+        return grad, state
+
+    base = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    tx = optax_sam.sam(base, rho=0.1)
+    params, perturbed = jnp.zeros(2), jnp.array([5.0, 6.0])
+    for clean, expected in ([1.0, 2.0], [1.0, 2.0]), ([1.0, np.nan], [5.0, 6.0]):
+        updates, _ = tx.update(
+            jnp.array(clean), tx.init(params), params, grad_fn=lambda _: perturbed
+        )
+        np.testing.assert_array_equal(updates, expected)
 
 
 def test_base_gets_the_protocols_arguments_that_it_names():
     got = {}
 
     def update_fn(updates, state, params=None, *, batch, losses=0, **extra_args):
-        got.update(batch=batch, losses=losses, extra_args=extra_args)
+        got.update(batch=batch, losses=losses, extra_args=set(extra_args))
         return updates, state
 
     base = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
     by_hand(optax_sam.sam(base, rho=0.1), PROBLEM, **LOSS)
-    assert got == {"batch": PROBLEM.batch, "losses": 0, "extra_args": {}}
+    assert got == {"batch": PROBLEM.batch, "losses": 0, "extra_args": {"grad"}}
 
 
 def test_ascent_gets_the_protocol_and_unknown_arguments():
