@@ -1,8 +1,9 @@
 """The methods that the scripts can train with, and their combinations.
 
 A method is a sum of names, such as `vasso` or `rw_sam+vasso+sparse_sam`: each brings a
-link of the ascent or, as `m_sam` does, an argument of the engine. Its hyperparameters
-have defaults here, which can be changed on the command line.
+link of the ascent, as `gsam` does one of the base or, as `m_sam` does, an argument of
+the engine. Its hyperparameters have defaults here, which can be changed on the command
+line.
 """
 
 import inspect
@@ -58,6 +59,9 @@ METHODS: Hyperparameters = {
     "sgd": {},
     "sam": {"rho": 0.5},
     "vasso": {"rho": 0.5, "theta": 0.9},
+    "friendly_sam": {"rho": 0.5, "sigma": 1.0, "decay": 0.9},
+    "gsam": {"rho": 0.5, "alpha": 0.1},
+    "wsam": {"rho": 0.5, "gamma": 0.6},
     "asam": {"rho": 3.0, "eta": 0.0},
     # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
     "sparse_sam": {
@@ -94,6 +98,9 @@ METHODS: Hyperparameters = {
 CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "sam": {"rho": 0.1},
     "vasso": {"rho": 0.1, "theta": 0.9},
+    "friendly_sam": {"rho": 0.1},
+    "gsam": {"rho": 0.1},
+    "wsam": {"rho": 0.1},
     "asam": {"rho": 0.5},
     "sparse_sam": {"rho": 0.1},  # And a new mask each epoch, see config.py.
     "dynamic_sparse_sam": {"rho": 0.1},
@@ -105,10 +112,16 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
 _BEFORE: Mapping[str, Callable[..., Any]] = {
     "rw_sam": optax_sam.reweight_by_sharpness,
     "vasso": optax_sam.suppress_variance,
+    "friendly_sam": optax_sam.remove_common_direction,
 }
 _AFTER: Mapping[str, Callable[..., Any]] = {
     "sparse_sam": _sparsify_by_fisher,
     "dynamic_sparse_sam": optax_sam.sparsify_dynamically,
+}
+# First links of the base.
+_DESCENTS: Mapping[str, Callable[..., Any]] = {
+    "gsam": optax_sam.gap_descent,
+    "wsam": optax_sam.weighted_descent,
 }
 
 
@@ -117,7 +130,7 @@ def parts(method: str) -> list[str]:
 
     Raises:
       ValueError: if one is unknown or there twice, or the base alone is among others,
-        or two scale to a radius.
+        or two scale to a radius or make the descent.
     """
     names = method.split("+")
     for name in names:
@@ -132,6 +145,11 @@ def parts(method: str) -> list[str]:
         raise ValueError(
             f"method {method!r}: sam and asam each scale the ascent to a radius, and "
             "only one of them would have an effect; leave one out."
+        )
+    if _DESCENTS.keys() <= set(names):
+        raise ValueError(
+            f"method {method!r}: {' and '.join(_DESCENTS)} each make a descent of the "
+            "clean and the perturbed gradient; leave one out."
         )
     if "sgd" in names and len(names) > 1:
         raise ValueError(
@@ -192,6 +210,7 @@ def _call(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:
 
 
 def sharpen(
+    method: str,
     base: optax.GradientTransformation,
     ascent: optax.GradientTransformation | None,
     values: Mapping[str, Any],
@@ -199,9 +218,13 @@ def sharpen(
     """The optimizer of an ascent and of values such as the micro-batch size."""
     if ascent is None:
         return base
+    names = parts(method)
+    descents = [
+        _call(link, values) for name, link in _DESCENTS.items() if name in names
+    ]
     # Side by side, since loops over convolutions are slow on the CPU.
     tx: optax.GradientTransformation = optax_sam.sharpness_aware(
-        base,
+        optax.chain(*descents, base) if descents else base,
         ascent,
         micro_batch_size=values.get("micro_batch_size"),
         micro_batches_at_once=None,
@@ -226,7 +249,7 @@ def make_tx(
     Raises:
       ValueError: if a hyperparameter is out of range.
     """
-    return sharpen(base, make_ascent(method, values, num_steps), values)
+    return sharpen(method, base, make_ascent(method, values, num_steps), values)
 
 
 def hyperparameters(

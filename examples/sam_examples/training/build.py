@@ -113,7 +113,7 @@ class Optimizer:
             config.method, values, num_steps, key=config.seed, perturb=config.perturb
         )
         self.micro_batch_size = values.get("micro_batch_size")
-        self.tx = sharpen(base, self.ascent, values)
+        self.tx = sharpen(config.method, base, self.ascent, values)
 
 
 def make_ascent_loss_fn(config: Config, dataset: Dataset) -> LossFn | None:
