@@ -62,7 +62,10 @@ def flops_over_sgd(row, options=MANY_FLOPS, count=None):
     return cost(options, row, count)["flops"] / cost(options, measure.SGD)["flops"]
 
 
-@pytest.mark.parametrize("method", defaults(["sam", "asam", "vasso"], ["sam"]))
+TWO_PASSES = ["sam", "asam", "vasso", "friendly_sam", "gsam", "wsam"]
+
+
+@pytest.mark.parametrize("method", defaults(TWO_PASSES, ["sam"]))
 def test_a_method_costs_two_passes_and_nothing_else(method):
     assert 1.99 < flops_over_sgd(f"optax_sam.{method}") < 2.005
 

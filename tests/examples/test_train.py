@@ -126,6 +126,7 @@ BAD_OPTIONS = {
     "method": (["--method", "rh"], "unknown method 'rh'; choose from sgd"),
     "twice": (["--method", "sam+sam"], "has a name twice"),
     "two radii": (["--method", "sam+asam"], "only one of them would have an effect"),
+    "two descents": (["--method", "gsam+wsam"], "gsam and wsam each make a descent"),
     "base among": (["--method", "sgd+sam"], "sgd has no ascent"),
     "width": (["--width", "0"], "--width must be at least 1, got 0"),
     "stages": (["--stages", "1", "0"], "--stages must be"),
