@@ -149,3 +149,8 @@ class GapDescentState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]
+
+    @property
+    def descends(self) -> bool:
+        """Says that the link is a part of the base."""
+        return True

@@ -156,6 +156,11 @@ class WeightedDescentState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]
     base_state: optax.OptState = ()
 
+    @property
+    def descends(self) -> bool:
+        """Says that the link is a part of the base."""
+        return True
+
 
 def _decoupled(
     base: optax.GradientTransformationExtraArgs,

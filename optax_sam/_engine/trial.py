@@ -45,7 +45,7 @@ def check_directions(
     _check_is_plain(owner, "base", state.base_state)
     if not _is_known(state.ascent_state):
         _check_ascent(owner, *_tried(ascent, state.ascent_state, params))
-    if _found(_is_of_this_package, state.base_state):
+    if _found(_is_of_an_ascent, state.base_state):
         _check_base(owner, *_tried(base, state.base_state, params))
 
 
@@ -104,6 +104,10 @@ def _is_known(state: optax.OptState) -> bool:
     links = state if type(state) is tuple else (state,)
     known = all(map(_is_of_this_package, links))
     return known and any(getattr(link, "sets_length", False) for link in links)
+
+
+def _is_of_an_ascent(state: Any) -> bool:
+    return _is_of_this_package(state) and not getattr(state, "descends", False)
 
 
 def _is_of_this_package(state: Any) -> bool:
