@@ -54,8 +54,8 @@ from optax_sam._ascents.static import choose_layers, perturb_only, select_layers
 from optax_sam._ascents.vasso import SuppressVarianceState, suppress_variance, vasso
 from optax_sam._descents.gsam import GapDescentState, gap_descent, gsam
 from optax_sam._descents.wsam import WeightedDescentState, weighted_descent, wsam
-from optax_sam._engine.protocol import SharpnessAwareState
 from optax_sam._engine.sharpness_aware import sharpness_aware
+from optax_sam._engine.states import SharpnessAwareState
 from optax_sam._engine.value_and_update import value_and_update
 from optax_sam._masks.fisher import fisher_diagonal
 from optax_sam._masks.patterns import n_m, structured, unstructured

@@ -70,8 +70,8 @@ MUTANTS = [
     *mutants(
         "_base/random.py",
         "tests/base/test_random.py",
-        ("position ^ words[0]", "position"),
-        ("+ words[1]", ""),
+        ("position ^ first", "position"),
+        ("+ second", ""),
         ("% 2**32", "% 2**16"),
         ("shape[axis + 1 :]", "shape[axis:]"),
     ),
@@ -91,7 +91,7 @@ MUTANTS = [
         "_base/losses.py",
         "tests/engine/test_value_and_update.py",
         ("1 / losses.size", "1.0"),
-        ("if checked.ndim == 0 or", "if", REWEIGHTED),
+        ("if shape == () or", "if", REWEIGHTED),
     ),
     *mutants(
         "_base/devices.py",
@@ -133,6 +133,11 @@ MUTANTS = [
         ("finite = self.devices.all(passes.finite)", "finite = passes.finite", DEVICES),
         ("numbers + self.devices.index() * numbers.size", "numbers", DEVICES),
         ("n: fn.of_group(number)", "n: fn.of_group(None)"),
+        (
+            "jnp.where(self.finite, a, b)",
+            "a",
+            "tests/engine/test_sharpness_aware.py -k clean_gradient",
+        ),
         ("jnp.all(passes.finite), passes.found", "True, passes.found"),
     ),
     *mutants(
@@ -189,6 +194,41 @@ MUTANTS = [
         ("share = jnp.where(_any_nonzero(updates), share, 0)", "pass"),
     ),
     *mutants(
+        "_engine/trial.py",
+        "tests/engine/test_trial.py",
+        ("np.sum(along[p]) < 0 < np.sum(against[p])", "np.sum(along[p]) < 0"),
+        ("_STEPS = 32", "_STEPS = 1"),
+        ("np.all(e == g)", "np.all(e == e)"),
+        (
+            'not getattr(state, "descends", False)',
+            "True",
+            "tests/test_contract.py -k gsam",
+        ),
+    ),
+    *mutants(
+        "_ascents/friendly_sam.py",
+        "tests/ascents/test_friendly_sam.py",
+        INCREMENT,
+        ("jnp.where(state.count == 0, 1, 1 - decay_at(state.count))", "1 - decay"),
+        ("removed.astype(m.dtype) * m", "m"),
+        ("m + w * (jnp.asarray(g, m.dtype) - m)", "m + w * jnp.asarray(g, m.dtype)"),
+    ),
+    *mutants(
+        "_descents/gsam.py",
+        "tests/descents/test_gsam.py",
+        INCREMENT,
+        ("p - weight * across", "p + weight * across"),
+        ("jnp.asarray(g, unit.dtype) - length * unit", "jnp.asarray(g, unit.dtype)"),
+    ),
+    *mutants(
+        "_descents/wsam.py",
+        "tests/descents/test_wsam.py",
+        ("jnp.where(weight == 1, p, g + weight * (p - g))", "g + weight * (p - g)"),
+        ("return gamma / (1 - gamma)", "return gamma"),
+        ("u - step * (p - g)", "u + step * (p - g)"),
+        ("grad, state.base_state, params,", "updates, state.base_state, params,"),
+    ),
+    *mutants(
         "_ascents/sparse_fisher.py",
         "tests/ascents/test_sparse_fisher.py",
         INCREMENT,
@@ -219,8 +259,8 @@ MUTANTS = [
         "_masks/masking.py",
         "tests/ascents/test_sparse_dynamic.py",
         (
-            "lambda new, old: old if trees.is_absent(new) else new",
-            "lambda new, old: jnp.zeros_like(old) if trees.is_absent(new) else new",
+            "trees.fill(make(), mask)",
+            "trees.fill(make(), jax.tree.map(jnp.zeros_like, mask))",
         ),
     ),
     *mutants(

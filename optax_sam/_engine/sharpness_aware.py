@@ -24,7 +24,7 @@ from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import batch_loss, protocol
 from optax_sam._engine.ascend import Ascended, ascend
 from optax_sam._engine.groups import Examples, Group, Passes
-from optax_sam._engine.protocol import SharpnessAwareState
+from optax_sam._engine.states import SharpnessAwareState, explaining
 from optax_sam._engine.trial import check_directions
 
 
@@ -258,7 +258,7 @@ def sharpness_aware(
         return updates, SharpnessAwareState(passes.ascent_state, base_state)
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return protocol.explaining_states(owner, tx)
+    return explaining(owner, tx)
 
 
 def _check_lookahead(owner: str, base_state: optax.OptState) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from optax_sam._base.checks import refuse
-from optax_sam._engine.protocol import SharpnessAwareState
+from optax_sam._engine.states import SharpnessAwareState
 from optax_sam._engine.value_and_update import value_and_update
 
 # Of sizes that no bound and no radius has both of.

@@ -19,7 +19,7 @@ from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
 from optax_sam._base.losses import clean_pass, linearise, mean_loss
 from optax_sam._engine import protocol
 from optax_sam._engine.batch_loss import BatchLoss
-from optax_sam._engine.protocol import SharpnessAwareState
+from optax_sam._engine.states import SharpnessAwareState, explain
 
 LossesAndAux: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -167,7 +167,7 @@ def value_and_update(
         try:
             return step(params, opt_state, *args)
         except Exception as error:
-            protocol.explain(owner, tx, params, opt_state, error, *args)
+            explain(owner, tx, params, opt_state, error, *args)
             raise
 
     return explained_step

@@ -14,7 +14,7 @@ from optax_sam._base import batching, trees
 from optax_sam._base.losses import check_losses, mean_loss
 from optax_sam._engine import protocol
 from optax_sam._engine.ascend import ascend
-from optax_sam._engine.protocol import SharpnessAwareState
+from optax_sam._engine.states import SharpnessAwareState
 from optax_sam._engine.value_and_update import value_and_update
 from optax_sam.diagnostics import _loop, _vector
 
