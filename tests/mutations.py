@@ -134,8 +134,8 @@ MUTANTS = [
         ("numbers + self.devices.index() * numbers.size", "numbers", DEVICES),
         ("n: fn.of_group(number)", "n: fn.of_group(None)"),
         (
-            "jnp.where(self.finite, a, b)",
-            "a",
+            "jnp.where(self.finite, a, b), clean",
+            "a, clean",
             "tests/engine/test_sharpness_aware.py -k clean_gradient",
         ),
         ("jnp.all(passes.finite), passes.found", "True, passes.found"),

@@ -56,14 +56,17 @@ class Passes(NamedTuple):
     finite: jax.Array
     found: chex.ArrayTree = None
 
-    @property
-    def finite_gradient(self) -> optax.Updates:
-        """The clean gradient, or the other in its place where it is not finite."""
-        return jax.tree.map(
-            lambda a, b: jnp.where(self.finite, a, b),
-            self.clean_gradient,
-            self.gradient,
+    def for_base(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The extra arguments of the base: among them `grad`, the clean gradient.
+
+        Where that is not finite, the gradient at the perturbed parameters stands for
+        it. A transformation around the step may have changed the one that ascends.
+        """
+        clean = arguments.get("grad", self.clean_gradient)
+        grad = jax.tree.map(
+            lambda a, b: jnp.where(self.finite, a, b), clean, self.gradient
         )
+        return arguments | {"grad": grad}
 
 
 @dataclasses.dataclass(frozen=True)

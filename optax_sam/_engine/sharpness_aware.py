@@ -249,7 +249,7 @@ def sharpness_aware(
             examples = examples.as_found(passes)
         base_args = protocol.accepted(
             base.update,
-            examples.shared_arguments | {"grad": passes.finite_gradient},
+            passes.for_base(examples.shared_arguments),
             withhold=protocol.ARGUMENTS,
         )
         updates, base_state = base.update(

@@ -162,9 +162,6 @@ OPTIMIZERS = {
     ),
     "sophia": lambda: optax.contrib.sophia(1e-2),
     "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(0.1),
-    "contrib.sam": lambda: optax.contrib.sam(
-        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-    ),
     "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
     "lbfgs": optax.lbfgs,
     "backtracking_linesearch": line_search,
