@@ -32,6 +32,7 @@ TESTED = {
     "docs/recipes.md": {
         "Recipes",
         "Hyperparameters that change",
+        "GSAM and WSAM with another ascent",
         "By hand",
         "Coming from `optax.contrib.sam`",
         "From an SGD run to SAM",
@@ -116,6 +117,23 @@ def test_hyperparameters_that_change():
         rtol=1e-5,
         atol=1e-8,
     )
+
+
+def test_another_ascent_with_the_descent_of_gsam():
+    problem = problems.perceptron()
+    scope = {"optax": optax, "optax_sam": optax_sam}
+    exec(RECIPES["GSAM and WSAM with another ascent"], scope)
+    params, grad_fn = problem.params, jax.grad(problems.mean_loss(problem))
+    tx, clean = scope["tx"], grad_fn(params)
+    updates, _ = tx.update(clean, tx.init(params), params, grad_fn=grad_fn)
+    # The first direction of VaSSO is that of SAM.
+    scale = 0.1 / problems.norm(clean)
+    perturbed = grad_fn(jax.tree.map(lambda p, g: p + scale * g, params, clean))
+    share = optax.tree.vdot(clean, perturbed) / optax.tree.norm(perturbed, squared=True)
+    expected = jax.tree.map(
+        lambda p, g: -0.1 * (p - 0.1 * (g - share * p)), perturbed, clean
+    )
+    problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-7)
 
 
 def coming_from_contrib(problem):
