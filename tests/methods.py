@@ -142,7 +142,7 @@ def pairs():
     for (i, method), (j, base) in itertools.product(
         enumerate(METHODS), enumerate(BASES)
     ):
-        default = (i + j) % len(METHODS) == 0
+        default = (i + j) % min(len(METHODS), len(BASES)) == 0
         if (
             default
             or method in ("sam", "vasso")

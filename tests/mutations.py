@@ -202,7 +202,7 @@ MUTANTS = [
         (
             'not getattr(state, "descends", False)',
             "True",
-            "tests/test_contract.py -k gsam",
+            "tests/engine/test_distributed.py -k placed",
         ),
     ),
     *mutants(

@@ -111,6 +111,7 @@ def test_refreshes_after_every_so_many_steps_and_the_first():
         changed = np.any(flat(after.mask) != flat(state.mask))
         assert changed == (step % 3 == 0)
         assert after.count == step + 1
+        assert after.since == step - step % 3 + 1  # Its mask is that of the next step.
         state = after
 
 
