@@ -60,6 +60,12 @@ def test_a_perturbed_gradient_of_zero_is_no_nan():
     np.testing.assert_array_equal(descent, [-1.5, -2.0])
 
 
+def test_the_count_stays_at_the_largest_number():
+    link, p = optax_sam.gap_descent(0.5), jnp.ones(2)
+    state = link.init(p)._replace(count=jnp.int32(2**31 - 1))
+    assert link.update(p, state, grad=p)[1].count == 2**31 - 1
+
+
 def test_needs_the_clean_gradient():
     link = optax_sam.gap_descent(0.5)
     with pytest.raises(

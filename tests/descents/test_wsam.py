@@ -49,6 +49,15 @@ def test_the_weight_grows_with_gamma_up_to_its_limit():
         optax_sam.wsam(SGD, 0.1, 1.0)
 
 
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_the_count_stays_at_the_largest_number(rate):
+    params, last = jnp.ones(2), 2**31 - 1
+    tx = optax_sam.wsam(optax.identity(), 0.1, 0.6, learning_rate=rate)
+    state = optax.tree.set(tx.init(params), count=jnp.int32(last))
+    _, state = tx.update(params, state, params, grad_fn=lambda p: p)
+    assert {int(n) for _, n in optax.tree.get_all_with_path(state, "count")} == {last}
+
+
 def test_needs_the_clean_gradient():
     link = optax_sam.weighted_descent(0.5)
     with pytest.raises(ValueError, match="weighted_descent: grad, the clean gradient"):
