@@ -240,6 +240,7 @@ MUTANTS = [
         REWEIGHTED,
         ("count=optax.safe_increment(state.count)", "count=state.count + 1", COUNTS),
         ("jnp.where(finite, s - devices.max(jnp.max(s)), 0)", "s"),
+        ("jnp.where(gaps == 0, 0, strength * gaps)", "strength * gaps"),
     ),
     *mutants(
         "_masks/top_k.py",

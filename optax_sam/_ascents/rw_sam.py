@@ -391,7 +391,8 @@ def _gibbs(
         s = trees.ratio(relative, relative_mean)
     # The differences first: strength * s may overflow, and infinity - infinity is NaN.
     gaps = jnp.where(finite, s - devices.max(jnp.max(s)), 0)
-    logits = strength * gaps
+    # A strength beyond float32 is infinite, and 0 * infinity is NaN.
+    logits = jnp.where(gaps == 0, 0, strength * gaps)
     weights = jnp.where(finite, jnp.exp(logits), 0)
     # Fires where no slope is finite; otherwise a logit is 0.
     total = jnp.maximum(devices.mean(jnp.sum(weights)), 1 / devices.size())

@@ -262,10 +262,11 @@ def test_weights_are_uniform_where_that_is_sam(size, dtype):
 
 
 @cover(
-    strength={"1e30": 1e30, "3e38": lambda count: 3e38},
+    strength={"1e30": 1e30, "1e300": 1e300, "3e38": lambda count: 3e38},
     estimator=ESTIMATORS,
-    default=("3e38-finite_difference",),
+    default=("3e38-finite_difference", "1e300-jvp"),
 )
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # NumPy's, of 1e300.
 def test_unbounded_strength_is_the_ascent_of_the_sharpest_example(strength, estimator):
     problem = problems.perceptron()
     link = reweight_by_sharpness(strength, key=0, estimator=estimator)
