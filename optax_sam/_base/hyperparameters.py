@@ -34,8 +34,8 @@ def as_schedule(
     Refuses what can be seen to be wrong. Values of schedules and traced values, which
     are not known yet, are held to the interval. For NaN, and for infinity where there
     is no other upper bound, stands the value that leaves the step as it is without:
-    `rho` = 0 the base's, `strength` = 0 and `theta` = 1 SAM's, `eta` = 0 ASAM's,
-    `drop_fraction` = 0 the mask; of `delta` its default.
+    `rho` = 0 the base's, `strength` = 0, `theta` = 1 and `gamma` = 1/2 SAM's, `eta` = 0
+    ASAM's, `drop_fraction` = 0 the mask; of `delta` its default.
 
     Args:
       owner: The function the hyperparameter belongs to, for the message.

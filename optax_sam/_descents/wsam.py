@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -116,7 +117,7 @@ def weighted_descent(gamma: ScalarOrSchedule) -> optax.GradientTransformationExt
       Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023
     """
     owner = called("weighted_descent")
-    gamma_at = as_schedule(owner, "gamma", gamma, high=_LARGEST_GAMMA)
+    gamma_at = _schedule_of_gamma(owner, gamma)
 
     def init_fn(params: optax.Params) -> WeightedDescentState:
         del params
@@ -169,7 +170,7 @@ def _decoupled(
 ) -> optax.GradientTransformationExtraArgs:
     """The base along the clean gradient, and beside it a step against sharpness."""
     owner = called("wsam")
-    gamma_at = as_schedule(owner, "gamma", gamma, high=_LARGEST_GAMMA)
+    gamma_at = _schedule_of_gamma(owner, gamma)
     rate_at = as_schedule(owner, "learning_rate", learning_rate)
 
     def init_fn(params: optax.Params) -> WeightedDescentState:
@@ -198,6 +199,11 @@ def _decoupled(
         return moved, WeightedDescentState(count, base_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _schedule_of_gamma(owner: str, gamma: Any) -> Callable[[Any], jax.Array]:
+    """From the count of steps to gamma, that of SAM in place of NaN."""
+    return as_schedule(owner, "gamma", gamma, high=_LARGEST_GAMMA, harmless=0.5)
 
 
 def _weight(gamma: jax.Array) -> jax.Array:

@@ -58,6 +58,12 @@ def test_the_count_stays_at_the_largest_number(rate):
     assert {int(n) for _, n in optax.tree.get_all_with_path(state, "count")} == {last}
 
 
+def test_a_gamma_that_is_nan_is_that_of_sam():
+    p, g = jnp.array([2.0]), jnp.array([1.0])
+    link = optax_sam.weighted_descent(lambda count: jnp.nan)
+    assert link.update(p, link.init(p), grad=g)[0] == p
+
+
 def test_needs_the_clean_gradient():
     link = optax_sam.weighted_descent(0.5)
     with pytest.raises(ValueError, match="weighted_descent: grad, the clean gradient"):
