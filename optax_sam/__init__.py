@@ -5,19 +5,22 @@ and with a method around the optimizer that moves the parameters, such as
 `tx = sam(optax.sgd(0.1), rho=0.05)`:
 
 * `sam`, `asam`, `vasso`, `friendly_sam`, `sparse_sam`, `dynamic_sparse_sam`, `rw_sam`,
-  `m_sam`, and `gsam` and `wsam`, which descend in another way.
+  `m_sam`, `gsam` and `wsam`, which descend in another way, `look_sam`, which ascends in
+  some steps only, and `momentum_sam`, of which a step costs one gradient.
 
 To combine methods, chain their ascents, `sharpness_aware(base, optax.chain(...))`, in
 the order of this list:
 
 * `reweight_by_sharpness` (RW-SAM), `suppress_variance` (VaSSO) or
-  `remove_common_direction` (Friendly SAM),
+  `remove_common_direction` (Friendly SAM); or `follow_momentum` (Momentum-SAM, with a
+  length of its own) or `follow_average`, which read no gradient,
 * `scale_to_radius` (SAM) or `adapt_to_scale` (ASAM),
 * `sparsify_by_fisher`, `sparsify_dynamically` (Sparse SAM); before all of them
   `perturb_only`, with a mask by `select_layers` or `choose_layers`.
 
-`gap_descent` (GSAM) and `weighted_descent` (WSAM) are first links of the base, for any
-ascent.
+`gap_descent` (GSAM), `weighted_descent` (WSAM), `reuse_ascent` (LookSAM) and
+`keep_average` are first links of the base, for any ascent. `every` and `between` say
+when to ascend.
 
 Masks for Sparse SAM come from a pattern, `unstructured`, `structured` or `n_m`, of
 scores such as `fisher_diagonal`.
@@ -33,6 +36,11 @@ from optax_sam._ascents.friendly_sam import (
     RemoveCommonDirectionState,
     friendly_sam,
     remove_common_direction,
+)
+from optax_sam._ascents.momentum_sam import (
+    FollowMomentumState,
+    follow_momentum,
+    momentum_sam,
 )
 from optax_sam._ascents.rw_sam import (
     ReweightBySharpnessState,
@@ -51,12 +59,22 @@ from optax_sam._ascents.sparse_fisher import (
     sparsify_by_fisher,
 )
 from optax_sam._ascents.static import choose_layers, perturb_only, select_layers
-from optax_sam._ascents.vasso import SuppressVarianceState, suppress_variance, vasso
+from optax_sam._ascents.vasso import (
+    FollowAverageState,
+    KeepAverageState,
+    SuppressVarianceState,
+    follow_average,
+    keep_average,
+    suppress_variance,
+    vasso,
+)
 from optax_sam._descents.gsam import GapDescentState, gap_descent, gsam
+from optax_sam._descents.look_sam import ReuseAscentState, look_sam, reuse_ascent
 from optax_sam._descents.wsam import WeightedDescentState, weighted_descent, wsam
 from optax_sam._engine.sharpness_aware import sharpness_aware
 from optax_sam._engine.states import SharpnessAwareState
 from optax_sam._engine.value_and_update import value_and_update
+from optax_sam._engine.when import between, every
 from optax_sam._masks.fisher import fisher_diagonal
 from optax_sam._masks.patterns import n_m, structured, unstructured
 
@@ -64,8 +82,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptToScaleState",
+    "FollowAverageState",
+    "FollowMomentumState",
     "GapDescentState",
+    "KeepAverageState",
     "RemoveCommonDirectionState",
+    "ReuseAscentState",
     "ReweightBySharpnessState",
     "ScaleToRadiusState",
     "SharpnessAwareState",
@@ -75,17 +97,25 @@ __all__ = [
     "WeightedDescentState",
     "adapt_to_scale",
     "asam",
+    "between",
     "choose_layers",
     "diagnostics",
     "dynamic_sparse_sam",
+    "every",
     "fisher_diagonal",
+    "follow_average",
+    "follow_momentum",
     "friendly_sam",
     "gap_descent",
     "gsam",
+    "keep_average",
+    "look_sam",
     "m_sam",
+    "momentum_sam",
     "n_m",
     "perturb_only",
     "remove_common_direction",
+    "reuse_ascent",
     "reweight_by_sharpness",
     "rw_sam",
     "sam",

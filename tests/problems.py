@@ -122,6 +122,21 @@ def assert_trees_equal(actual: Any, expected: Any) -> None:
         np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
 
 
+def without_losses(tree: Any) -> Any:
+    """The same without the losses of steps, which not every way to call them knows."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, optax_sam.SharpnessAwareState)
+
+    def drop(x: Any) -> Any:
+        if not is_state(x):
+            return x
+        losses = map(np.zeros_like, (x.clean_loss, x.perturbed_loss))
+        return optax_sam.SharpnessAwareState(*x[:-2], *losses)
+
+    return jax.tree.map(drop, tree, is_leaf=is_state)
+
+
 def assert_trees_differ(actual: Any, expected: Any) -> None:
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     assert any(np.any(np.asarray(a) != np.asarray(e)) for a, e in pairs)

@@ -31,6 +31,9 @@ from optax_sam._engine.sharpness_aware import sharpness_aware
 _Losses: TypeAlias = Callable[[list[jax.Array]], jax.Array]
 
 
+_FIRST = "reweight_by_sharpness(...), suppress_variance(...), scale_to_radius(...)"
+
+
 def rw_sam(
     base: optax.GradientTransformation,
     rho: ScalarOrSchedule,
@@ -209,13 +212,7 @@ def reweight_by_sharpness(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightBySharpnessState]:
         del extra_args
-        if is_gradient is not None and not is_gradient(updates):
-            raise ValueError(
-                f"{owner}: a link before it in the chain has changed the gradient, "
-                "without effect, since this one makes it anew; put it first, "
-                "optax.chain(reweight_by_sharpness(...), suppress_variance(...), "
-                "scale_to_radius(...)), with at most perturb_only before."
-            )
+        protocol.require_gradient(owner, updates, is_gradient, _FIRST)
         devices = Devices(axis_name)
         # The losses to compare with are those of the clean pass.
         name = "loss_fn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -12,9 +13,12 @@ import optax
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
 from optax_sam._base.checks import called, calling, refuse
-from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
+from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule, check_bool
 from optax_sam._engine import protocol
+from optax_sam._engine.kept import kept_by_base
 from optax_sam._engine.sharpness_aware import sharpness_aware
+
+_FIRST = "follow_average(), scale_to_radius(...)"
 
 
 def vasso(
@@ -23,6 +27,7 @@ def vasso(
     theta: ScalarOrSchedule,
     *,
     accumulator_dtype: chex.ArrayDType | None = None,
+    one_pass: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VaSSO: SAM that ascends along a moving average of the gradients.
 
@@ -32,6 +37,9 @@ def vasso(
       w_{t+1} = w_t + \text{base}(\nabla f(w_t + \varepsilon_t))
 
     A step costs two gradients, and the state holds one more copy of the parameters.
+    With `one_pass` it costs one: :math:`d` is then the average of the gradients that
+    the steps before descended along, :math:`\nabla f(w_s + \varepsilon_s), s < t`, zero
+    before the first.
 
     Args:
       base: The optimizer that moves the parameters.
@@ -41,14 +49,18 @@ def vasso(
         use 0.2, 0.4 and 0.9. A scalar, or a schedule.
       accumulator_dtype: Floating-point dtype of the average; None means float32 or
         wider.
+      one_pass: Whether to ascend along what earlier steps have found, so that a step
+        needs one gradient only. Not in the paper.
 
     Returns:
       The corresponding :func:`optax_sam.sharpness_aware` transformation; see there for
-      the arguments of its update, their shapes and what they raise.
+      the arguments of its update, their shapes and what they raise. With `one_pass`,
+      value and auxiliary data of :func:`value_and_update` are those at
+      :math:`w + \varepsilon`.
 
     Raises:
       TypeError: If `base` is no transformation, `rho` or `theta` no real scalar or
-        schedule, or `accumulator_dtype` no floating-point dtype.
+        schedule, `accumulator_dtype` no floating-point dtype, or `one_pass` no bool.
       ValueError: If `rho` is negative or not finite, `theta` outside [0, 1], or one of
         them no scalar.
 
@@ -72,10 +84,12 @@ def vasso(
       Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
     """
     with calling("vasso"):
-        ascent = optax.chain(
-            suppress_variance(theta, accumulator_dtype), scale_to_radius(rho)
-        )
-        return sharpness_aware(base, ascent)
+        average = suppress_variance(theta, accumulator_dtype)
+        if check_bool("vasso", "one_pass", one_pass):
+            base = protocol.as_transformation("vasso", "base", base)
+            base = optax.chain(keep_average(theta, accumulator_dtype), base)
+            average = follow_average()
+        return sharpness_aware(base, optax.chain(average, scale_to_radius(rho)))
 
 
 def suppress_variance(
@@ -181,6 +195,157 @@ class SuppressVarianceState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]
     direction: chex.ArrayTree
+
+
+def keep_average(
+    theta: ScalarOrSchedule, accumulator_dtype: chex.ArrayDType | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps a moving average of the gradients that the base descends along.
+
+    .. math::
+      d_1 = p_0, \qquad d_{t+1} = (1 - \theta) \, d_t + \theta \, p_t
+
+    :math:`p_t` is the gradient at the perturbed parameters, which is handed on as it
+    is; one that is not finite is left out. :func:`follow_average` is the ascent along
+    :math:`d_t`, and with it a step of VaSSO costs one gradient.
+
+    Args:
+      theta: Weight of the newest gradient, in [0, 1]. A scalar, or a schedule of the
+        count of steps.
+      accumulator_dtype: Floating-point dtype of the average, as for
+        :func:`suppress_variance`.
+
+    Returns:
+      A first link of the base of :func:`optax_sam.sharpness_aware`. It maps a tree of
+      arrays to itself.
+
+    Raises:
+      TypeError: If `theta` is neither a real scalar nor callable, or
+        `accumulator_dtype` no floating-point dtype.
+      ValueError: If `theta` is outside [0, 1] or no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.sharpness_aware(
+      ...     optax.chain(optax_sam.keep_average(theta=0.4), optax.sgd(0.1)),
+      ...     optax.chain(optax_sam.follow_average(), optax_sam.scale_to_radius(0.5)),
+      ... )
+      >>> params, grad_fn = jnp.zeros(2), lambda w: w - jnp.array([3.0, 4.0])
+      >>> _, state = tx.update(jnp.zeros(2), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(state.base_state[0].average)
+      [-3. -4.]
+
+    References:
+      Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
+      Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
+    """
+    with calling(called("keep_average")):
+        link = suppress_variance(theta, accumulator_dtype)
+
+    def init_fn(params: optax.Params) -> KeepAverageState:
+        return KeepAverageState(*link.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: KeepAverageState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, KeepAverageState]:
+        del params, extra_args
+        finite = trees.all_finite(updates)
+
+        def advance(new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        before = SuppressVarianceState(*state)
+        _, after = link.update(updates, before, advance=advance)
+        count = advance(after.count, state.count)
+        return updates, KeepAverageState(count, after.direction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class KeepAverageState(NamedTuple):
+    """State of :func:`keep_average`.
+
+    Attributes:
+      count: Number of gradients in the average, an int32 scalar.
+      average: The average :math:`d`, a tree like the parameters.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    average: chex.ArrayTree
+
+    @property
+    def descends(self) -> bool:
+        """Says that the link is a part of the base."""
+        return True
+
+
+def follow_average() -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by the average that the base keeps: VaSSO of one pass.
+
+    .. math::
+      d_{t+1} = (1 - \theta) \, d_t + \theta \, \nabla f(w_t + \varepsilon_t)
+
+    The base must begin with :func:`keep_average`, and :func:`scale_to_radius` follows.
+    The gradient of the clean pass is not read, so that a step costs one gradient.
+
+    Returns:
+      A link of an ascent for :func:`optax_sam.sharpness_aware`, the first of it or
+      after :func:`perturb_only`. It gives a tree like that it maps, in the average's
+      dtype.
+
+    Raises:
+      ValueError: When a state is made, and in update, if the base keeps no average; in
+        update, if a link before it has changed the gradient.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> kept, link = optax_sam.keep_average(theta=0.25), optax_sam.follow_average()
+      >>> grads = jnp.array([3.0, 4.0])
+      >>> _, base_state = kept.update(grads, kept.init(grads))
+      >>> d, _ = link.update(jnp.zeros(2), link.init(grads), base_state=base_state)
+      >>> print(d)
+      [3. 4.]
+
+    References:
+      Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance
+      Suppression <https://arxiv.org/abs/2309.15639>`_, 2023
+    """
+    owner = called("follow_average")
+
+    def init_fn(params: optax.Params) -> FollowAverageState:
+        del params
+        return FollowAverageState()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: FollowAverageState,
+        params: optax.Params | None = None,
+        *,
+        base_state: optax.OptState = None,
+        is_gradient: Callable[[optax.Updates], bool] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, FollowAverageState]:
+        del params, extra_args
+        protocol.require_gradient(owner, updates, is_gradient, _FIRST)
+        return _kept(owner, base_state, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class FollowAverageState(NamedTuple):
+    """State of :func:`follow_average`, which is empty."""
+
+    def check_base(self, owner: str, base_state: Any, params: optax.Params) -> None:
+        """Refuses a base that keeps no average."""
+        _kept(owner, base_state, params)
+
+
+def _kept(owner: str, base_state: optax.OptState, params: Any) -> chex.ArrayTree:
+    remedy = "pass optax.chain(optax_sam.keep_average(theta), sgd) as base"
+    return kept_by_base(owner, ("average",), base_state, params, remedy)
 
 
 def _floating_dtype(owner: str, dtype: Any) -> Any:

@@ -125,7 +125,7 @@ def gap_descent(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraArg
         **extra_args: Any,
     ) -> tuple[optax.Updates, GapDescentState]:
         del params, extra_args
-        protocol.require_clean_gradient(owner, grad)
+        protocol.require_of_base(owner, grad=grad)
         weight = alpha_at(state.count)
         along = trees.scale_to_norm(updates, 1.0)
         length = trees.inner(grad, along)

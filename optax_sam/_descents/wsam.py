@@ -132,7 +132,7 @@ def weighted_descent(gamma: ScalarOrSchedule) -> optax.GradientTransformationExt
         **extra_args: Any,
     ) -> tuple[optax.Updates, WeightedDescentState]:
         del params, extra_args
-        protocol.require_clean_gradient(owner, grad)
+        protocol.require_of_base(owner, grad=grad)
         weight = _weight(gamma_at(state.count))
 
         def descend(p: Any, g: Any) -> jax.Array:
@@ -184,7 +184,7 @@ def _decoupled(
         grad: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, WeightedDescentState]:
-        protocol.require_clean_gradient(owner, grad)
+        protocol.require_of_base(owner, grad=grad)
         step = rate_at(state.count) * _weight(gamma_at(state.count))
         moved, base_state = base.update(
             grad, state.base_state, params, grad=grad, **extra_args

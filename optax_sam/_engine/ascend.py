@@ -13,6 +13,8 @@ import optax
 from optax_sam._base import trees
 from optax_sam._engine import protocol
 
+_CLEAN = ("losses", "value", "grad")  # Of the clean pass, beside the gradient itself.
+
 
 class Ascended(NamedTuple):
     """Where an ascent leads to.
@@ -39,36 +41,100 @@ def ascend(
 ) -> Ascended:
     """Ascends along a clean gradient; one that is not finite leads nowhere.
 
-    The ascent is traced once. What it reads is seen in the trace, which is then
-    evaluated. Its state advances where that is finite, or where it is told to.
+    Its state advances where what it reads is finite, or where it is told to.
     """
-    leaves, structure = jax.tree.flatten(gradient)
+    return Ascent(ascent, gradient, state, params, arguments, advances)()
 
-    def update(
-        condition: jax.Array, *leaves: jax.Array
-    ) -> tuple[optax.Updates, optax.OptState]:
-        advance = _Advance(condition)
-        gradient = jax.tree.unflatten(structure, leaves)
-        is_gradient = _IsGradient(leaves)
-        given = arguments | {"advance": advance, "is_gradient": is_gradient}
-        epsilon, new = ascent.update(gradient, state, params, **given)
-        return epsilon, advance(new, state)
 
-    trace: Any = jax.make_jaxpr(update, return_shape=True)
-    evaluate: Any = jax.core.eval_jaxpr
-    closed, shapes = trace(True, *leaves)
-    _check_no_leaf_is_raw(closed.jaxpr, shapes[0])
-    _, *read = _read(closed.jaxpr)
-    finite = trees.all_finite([g for g, r in zip(leaves, read, strict=True) if r])
-    condition = finite if advances is None else advances
-    found = evaluate(closed.jaxpr, closed.consts, condition, *leaves)
-    epsilon, new = jax.tree.unflatten(jax.tree.structure(shapes), found)
-    own = _own(read, epsilon, new)
-    if own:
-        finite &= trees.all_finite(own)
-        new = _Advance(finite)(new, state) if advances is None else new
-    epsilon = trees.map_present(lambda e: _zero_unless(finite, e), epsilon)
-    return Ascended(epsilon, new, finite)
+class Ascent:
+    """An ascent, traced once, to be made where it is called: also in branches.
+
+    What it reads is seen in the trace, which is then evaluated.
+
+    Attributes:
+      reads_clean_pass: Whether it reads anything that the clean pass has found.
+    """
+
+    def __init__(
+        self,
+        ascent: optax.GradientTransformationExtraArgs,
+        gradient: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params,
+        arguments: dict[str, Any],
+        advances: jax.Array | None = None,
+    ) -> None:
+        """Traces it; the arguments are those of :func:`ascend`."""
+        leaves, structure = jax.tree.flatten(gradient)
+        clean = {name: arguments[name] for name in _CLEAN if name in arguments}
+        noted = _noting_calls(arguments)
+
+        def update(
+            condition: jax.Array, leaves: list[jax.Array], clean: dict[str, Any]
+        ) -> tuple[optax.Updates, optax.OptState]:
+            advance = _Advance(condition)
+            gradient = jax.tree.unflatten(structure, leaves)
+            is_gradient = _IsGradient(leaves)
+            given = {"advance": advance, "is_gradient": is_gradient}
+            given = arguments | noted | clean | given
+            epsilon, new = ascent.update(gradient, state, params, **given)
+            return epsilon, advance(new, state)
+
+        trace: Any = jax.make_jaxpr(update, return_shape=True)
+        self._closed, self._shapes = trace(True, leaves, clean)
+        jaxpr = self._closed.jaxpr
+        _check_no_leaf_is_raw(jaxpr.invars[1 : len(leaves) + 1], jaxpr, self._shapes[0])
+        _, *read = _read(jaxpr)
+        self._read = read[: len(leaves)]
+        self.reads_clean_pass = any(read) or any(n.called for n in noted.values())
+        pairs = zip(leaves, self._read, strict=True)
+        self._finite = trees.all_finite([g for g, r in pairs if r])
+        self._inputs = leaves, clean
+        self._state, self._advances = state, advances
+
+    def __call__(self) -> Ascended:
+        """Makes the ascent."""
+        finite, advances = self._finite, self._advances
+        epsilon, new = self._evaluated(finite if advances is None else advances)
+        own = _own(self._read, epsilon, new)
+        if own:
+            finite &= trees.all_finite(own)
+            new = _Advance(finite)(new, self._state) if advances is None else new
+        return Ascended(zero_unless(finite, epsilon), new, finite)
+
+    def not_made(self) -> Ascended:
+        """What a step makes of it that does not ascend: a state that sees the gradient.
+
+        No gradient of the ascent's own is made, and so none decides.
+        """
+        finite = trees.all_finite(self._inputs[0])
+        _, new = self._evaluated(finite if self._advances is None else self._advances)
+        return Ascended(None, new, finite)
+
+    def _evaluated(self, condition: jax.Array) -> tuple[optax.Updates, optax.OptState]:
+        evaluate: Any = jax.core.eval_jaxpr
+        inputs = jax.tree.leaves((condition, *self._inputs))
+        found = evaluate(self._closed.jaxpr, self._closed.consts, *inputs)
+        made: tuple[Any, Any] = jax.tree.unflatten(
+            jax.tree.structure(self._shapes), found
+        )
+        return made
+
+
+class _Noting:
+    """A function that notes whether it was called."""
+
+    def __init__(self, fn: Any) -> None:
+        self._fn, self.called = fn, False
+
+    def __call__(self, *args: Any) -> Any:
+        self.called = True
+        return self._fn(*args)
+
+
+def _noting_calls(arguments: dict[str, Any]) -> dict[str, _Noting]:
+    """What an ascent may call for a gradient of the clean pass."""
+    return {n: _Noting(fn) for n, fn in arguments.items() if n == "pullback"}
 
 
 class _Advance:
@@ -100,7 +166,7 @@ class _IsGradient:
     In a branch or a loop that cannot be seen, and they may be.
     """
 
-    def __init__(self, leaves: tuple[jax.Array, ...]) -> None:
+    def __init__(self, leaves: list[jax.Array]) -> None:
         self._leaves = leaves
         self._trace = protocol.trace_now()
 
@@ -110,9 +176,9 @@ class _IsGradient:
         return not here or own.issuperset(map(id, jax.tree.leaves(updates)))
 
 
-def _check_no_leaf_is_raw(jaxpr: Any, epsilon: optax.Updates) -> None:
+def _check_no_leaf_is_raw(leaves: Any, jaxpr: Any, epsilon: optax.Updates) -> None:
     """Refuses to add some gradients as they are, beside others that are scaled."""
-    gradient = set(map(id, jaxpr.invars))
+    gradient = set(map(id, leaves))
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(epsilon)
     ]
@@ -128,7 +194,7 @@ def _check_no_leaf_is_raw(jaxpr: Any, epsilon: optax.Updates) -> None:
 
 
 def _read(jaxpr: Any) -> list[bool]:
-    """Which inputs an ascent reads: those leaves of the gradient have to be finite.
+    """Which inputs an ascent reads: of the gradient, those leaves have to be finite.
 
     To look at a leaf that the ascent leaves unread, since a static mask drops it or a
     gradient of its own replaces it, would make XLA compute it; one that is dropped
@@ -152,14 +218,18 @@ def _own(
     return own
 
 
-def _zero_unless(condition: jax.Array, e: Any) -> jax.Array:
-    """Zeros unless a scalar condition holds.
+def zero_unless(condition: jax.Array, epsilon: optax.Updates) -> optax.Updates:
+    """A perturbation, of zeros unless a scalar condition holds.
 
     By a mask of bits: where a float is selected, XLA may fuse the product that scales
     it with the addition to the parameters, rounding once for two. Whether it does
     depends on what else is in the chain, and a mask of ones would not be SAM exactly.
     """
-    e = jnp.asarray(e)
-    unsigned = jnp.dtype(f"uint{8 * e.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(e, unsigned) & -condition.astype(unsigned)
-    return jax.lax.bitcast_convert_type(bits, e.dtype)
+
+    def of_leaf(e: Any) -> jax.Array:
+        e = jnp.asarray(e)
+        unsigned = jnp.dtype(f"uint{8 * e.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(e, unsigned) & -condition.astype(unsigned)
+        return jax.lax.bitcast_convert_type(bits, e.dtype)
+
+    return trees.map_present(of_leaf, epsilon)

@@ -25,48 +25,71 @@ class Group(NamedTuple):
     """Examples that ascend together.
 
     Attributes:
-      gradient: Their clean gradient, at `params`.
-      gradient_at: From parameters to their gradient there.
+      clean: What the clean pass has found at `params`; losses and auxiliary data only
+        if it is one of their own.
+      pass_at: From parameters to what a pass finds there.
       params: The parameters; a device's own where it ascends for itself.
       arguments: The extra arguments of their ascent.
-      found: Losses and auxiliary data, of a clean pass of their own only.
     """
 
-    gradient: optax.Updates
-    gradient_at: Callable[[optax.Params], optax.Updates]
+    clean: protocol.Pass
+    pass_at: Callable[[optax.Params], protocol.Pass]
     params: optax.Params
     arguments: dict[str, Any]
-    found: chex.ArrayTree = None
 
 
 class Passes(NamedTuple):
     """What the two passes of one group, or of all on average, have given.
 
     Attributes:
-      clean_gradient: The gradient at the parameters.
-      gradient: The gradient at the perturbed parameters.
+      clean: Gradient and loss at the parameters.
+      perturbed: Gradient and loss at the perturbed parameters.
       ascent_state: The ascent's state after them.
       finite: Whether what the ascent read was finite, a bool scalar.
-      found: Losses and auxiliary data, if groups made clean passes of their own.
+      found: Losses and auxiliary data to report, if not those of the clean pass of all.
+        Of each group at first, `[rounds, groups, ...]` of several.
     """
 
-    clean_gradient: optax.Updates
-    gradient: optax.Updates
+    clean: protocol.Pass
+    perturbed: protocol.Pass
     ascent_state: optax.OptState
     finite: jax.Array
     found: chex.ArrayTree = None
 
-    def for_base(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def of(
+        cls,
+        clean: protocol.Pass,
+        perturbed: protocol.Pass,
+        ascent_state: optax.OptState,
+        finite: jax.Array,
+        reported: protocol.Pass,
+    ) -> "Passes":
+        """Those of a group, one of which is reported."""
+        clean, perturbed = (p._replace(found=None) for p in (clean, perturbed))
+        return cls(clean, perturbed, ascent_state, finite, reported.arrays)
+
+    @property
+    def losses(self) -> tuple[Any, Any]:
+        """The mean losses of both passes, zeros unless both are known."""
+        found = self.clean.loss, self.perturbed.loss
+        return (0.0, 0.0) if None in found else found
+
+    def for_base(
+        self, arguments: dict[str, Any], ascends: jax.Array | bool | None
+    ) -> dict[str, Any]:
         """The extra arguments of the base: among them `grad`, the clean gradient.
 
         Where that is not finite, the gradient at the perturbed parameters stands for
         it. A transformation around the step may have changed the one that ascends.
+        With a condition of when to ascend, `ascended` says whether the step has.
         """
-        clean = arguments.get("grad", self.clean_gradient)
+        clean = arguments.get("grad", self.clean.gradient)
         grad = jax.tree.map(
-            lambda a, b: jnp.where(self.finite, a, b), clean, self.gradient
+            lambda a, b: jnp.where(self.finite, a, b), clean, self.perturbed.gradient
         )
-        return arguments | {"grad": grad}
+        told = {} if ascends is None else {"ascended": self.finite & ascends}
+        return arguments | {"grad": grad} | told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +98,7 @@ class Examples:
 
     Attributes:
       params: The parameters, the same on all devices.
-      gradient_at: From parameters to the gradient of this device's examples.
+      pass_at: From parameters to a pass over this device's examples.
       arguments: The extra arguments of the step, without an axis.
       devices: Those that share the batch.
       averaged: Whether the gradient that the update is called with is the mean over
@@ -83,7 +106,7 @@ class Examples:
     """
 
     params: optax.Params
-    gradient_at: Callable[[optax.Params], optax.Updates]
+    pass_at: Callable[[optax.Params], protocol.Pass]
     arguments: dict[str, Any]
     devices: Devices
     averaged: bool
@@ -93,11 +116,11 @@ class Examples:
         cls, params: optax.Params, arguments: Any, devices: Devices, averaged: bool
     ) -> "Examples":
         """The examples of an update, by what it is called with."""
-        gradient_at = protocol.gradient_function(**arguments)
+        pass_at = protocol.pass_function(**arguments)
         if not averaged:
             own = {name: arguments.get(name) for name in ("value", "grad")}
             arguments |= devices.mean(protocol.given(**own))
-        return cls(params, gradient_at, arguments, devices, averaged)
+        return cls(params, pass_at, arguments, devices, averaged)
 
     def are_one_group(self, size: int | None) -> bool:
         """Whether all of them fit into a group of this size."""
@@ -117,17 +140,35 @@ class Examples:
         """All examples, those of all devices."""
         if not self.averaged:
             gradient = self.devices.mean(self.devices.own("grads", gradient))
-        return Group(
-            gradient,
-            lambda p: self.devices.mean(self.gradient_at(self.devices.vary(p))),
-            self.params,
-            self.shared_arguments,
-        )
+
+        def pass_at(params: optax.Params) -> protocol.Pass:
+            own = self.pass_at(self.devices.vary(params))
+            gradient, loss = self.devices.mean((own.gradient, own.loss))
+            return own._replace(gradient=gradient, loss=loss)
+
+        clean = protocol.Pass(gradient, self._clean_loss())
+        return Group(clean, pass_at, self.params, self.shared_arguments)
+
+    def _clean_loss(self) -> jax.Array | None:
+        """The clean mean loss, if the step knows it and that of the other pass."""
+        given = {"losses", "value"} & self.arguments.keys()
+        if "grad_fn" in self.arguments or not given:
+            return None
+        if "value" in given:
+            return jnp.asarray(self.arguments["value"], float)
+        mean: jax.Array = self.devices.mean(losses.mean_loss(self.arguments["losses"]))
+        return mean
 
     @property
     def shared_arguments(self) -> dict[str, Any]:
         """The extra arguments of what concerns the examples of all devices."""
         return self.arguments | protocol.given(axis_name=self.devices.axis_name)
+
+    def all_together(
+        self, passes_of: Callable[..., Passes], gradient: optax.Updates
+    ) -> Passes:
+        """The passes over all examples, which ascend together."""
+        return self._finding(_put_in, passes_of(self.all(gradient)))
 
     def of_device(self, gradient: optax.Updates) -> Group:
         """The examples of this device."""
@@ -141,7 +182,7 @@ class Examples:
             protocol.require(owner, losses=given, pullback=pullback)
             clean = losses.clean_pass(given, pullback)._asdict()  # type: ignore[arg-type]
         self.devices.own("grads", clean["grad"])
-        return self._alone(self.arguments | clean, self.gradient_at)
+        return self._alone(self.arguments | clean, self.pass_at)
 
     def of_part(self, batch: Any, number: Any, size: int | None = None) -> Group:
         """The examples of a part of the batch, the number-th of many, if not None."""
@@ -160,23 +201,26 @@ class Examples:
         scoring = {"scoring_loss_fn": named["loss_fn"]}
         group = self._alone(
             scoring | self.arguments | own | {"batch": batch} | clean._asdict(),
-            protocol.gradient_function(loss_fn, batch),
+            protocol.pass_function(loss_fn, batch),
         )
-        return group._replace(found=(found, _arrays(aux)))
+        return group._replace(clean=group.clean._replace(found=(found, aux)))
 
     def _alone(
         self,
         arguments: dict[str, Any],
-        gradient_at: Callable[[optax.Params], optax.Updates],
+        pass_at: Callable[[optax.Params], protocol.Pass],
     ) -> Group:
         """Examples of this device, which know of the others for their scores only."""
         scoring = protocol.given(scoring_axis_name=self.devices.axis_name)
+        clean = protocol.Pass(
+            *self.devices.vary((arguments["grad"], arguments.get("value")))
+        )
         own_params = self.devices.vary(self.params)
-        return Group(arguments["grad"], gradient_at, own_params, arguments | scoring)
+        return Group(clean, pass_at, own_params, arguments | scoring)
 
     def each_alone(
         self,
-        two_passes: Callable[..., Passes],
+        passes_of: Callable[..., Passes],
         gradient: optax.Updates,
         size: int | None,
         at_once: int | None,
@@ -184,7 +228,7 @@ class Examples:
         """The mean of passes over groups of a size, those of a device without one."""
         always = jnp.ones([], bool)  # What becomes of their states, nobody reads.
         if size is None:
-            passes = two_passes(self.of_device(gradient), always)
+            passes = passes_of(self.of_device(gradient), always)
             found = jax.tree.map(lambda x: x[None, None], passes.found)
             passes = passes._replace(found=found)
         else:
@@ -192,13 +236,14 @@ class Examples:
             owner = called(_OWNER)
             parts = batching.split(owner, batch, size, at_once, self.devices)
             passes = _mean(
-                lambda part: two_passes(self.of_part(part[0], part[1], size), always),
+                lambda part: passes_of(self.of_part(part[0], part[1], size), always),
                 (parts, self._numbers(parts)),
                 self.devices.vary(self.params),
             )
-        clean, gradient = self.devices.mean((passes.clean_gradient, passes.gradient))
+        clean, perturbed = self.devices.mean((passes.clean, passes.perturbed))
         finite = self.devices.all(passes.finite)
-        return Passes(clean, gradient, passes.ascent_state, finite, passes.found)
+        passes = Passes(clean, perturbed, passes.ascent_state, finite, passes.found)
+        return self._finding(batching.together, passes)
 
     def _numbers(self, parts: Any) -> Any:
         """Where in the batch of all devices each part is, None for the only one."""
@@ -207,24 +252,36 @@ class Examples:
             return None
         return numbers + self.devices.index() * numbers.size
 
+    def _finding(self, merge: Callable[..., Any], passes: Passes) -> Passes:
+        """The same, with what was found as it is to be reported, if it is."""
+        report = self.arguments.get("report")
+        if report is None or passes.found is None:
+            return passes._replace(found=None)
+        whole = report.losses, report.aux
+        return passes._replace(found=merge(whole, passes.found))
+
     def as_found(self, passes: Passes) -> "Examples":
         """The same, with what groups found in clean passes of their own; reports it.
 
         Nothing of the clean pass of all together is then read, nor computed.
         """
-        report = self.arguments.get("report")
-        if report is None or passes.found is None:
+        if passes.found is None:
             return self
-        whole = report.losses, report.aux
-        found, aux = batching.together(whole, passes.found)
+        report = self.arguments["report"]
+        found, aux = passes.found
         value = self.devices.mean(losses.mean_loss(found))
         report(value, aux)
-        clean = {"losses": found, "value": value, "grad": passes.clean_gradient}
+        clean = {"losses": found, "value": value, "grad": passes.clean.gradient}
         return dataclasses.replace(self, arguments=self.arguments | clean)
 
 
+def _put_in(whole: chex.ArrayTree, arrays: chex.ArrayTree) -> chex.ArrayTree:
+    """A tree with its arrays replaced by those of another."""
+    return jax.tree.map(lambda x, own: x if own is None else own, whole, arrays)
+
+
 def _mean(
-    two_passes: Callable[[Any], Passes], micro_batches: Any, like: optax.Params
+    passes_of: Callable[[Any], Passes], micro_batches: Any, like: optax.Params
 ) -> Passes:
     """The mean of passes over micro-batches `[rounds, at_once, size, ...]`.
 
@@ -234,9 +291,10 @@ def _mean(
     """
 
     def over_round(round_: Any) -> tuple[chex.ArrayTree, Any]:
-        passes = batching.side_by_side(two_passes, round_)
-        gradients = passes.clean_gradient, passes.gradient
-        return jax.tree.map(_sum, gradients), (jnp.all(passes.finite), passes.found)
+        passes = batching.side_by_side(passes_of, round_)
+        clean, perturbed = passes.clean, passes.perturbed
+        others = jnp.all(passes.finite), (clean.loss, perturbed.loss), passes.found
+        return jax.tree.map(_sum, (clean.gradient, perturbed.gradient)), others
 
     def step(total: chex.ArrayTree, round_: Any) -> tuple[Any, Any]:
         new, others = over_round(round_)
@@ -245,18 +303,17 @@ def _mean(
     rounds, at_once = jax.tree.leaves(micro_batches)[0].shape[:2]
     if rounds == 1:
         total, others = over_round(jax.tree.map(lambda x: x[0], micro_batches))
-        finite, found = jax.tree.map(lambda x: x[None], others)
+        others = jax.tree.map(lambda x: x[None], others)
     else:
         zeros = jax.tree.map(lambda p: _sum(jnp.zeros_like(p)[None]), like)
-        total, (finite, found) = jax.lax.scan(step, (zeros, zeros), micro_batches)
-    means = jax.tree.map(lambda x: x / (rounds * at_once), total)
-    clean, gradient = (trees.cast_like(tree, like) for tree in means)
-    return Passes(clean, gradient, None, jnp.all(finite), found)
-
-
-def _arrays(aux: chex.ArrayTree) -> chex.ArrayTree:
-    """Auxiliary data without what is no array, which all groups have alike."""
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, aux)
+        total, others = jax.lax.scan(step, (zeros, zeros), micro_batches)
+    finite, losses_, found = others
+    gradients = jax.tree.map(lambda x: x / (rounds * at_once), total)
+    clean, perturbed = (
+        protocol.Pass(trees.cast_like(gradient, like), jnp.mean(loss))
+        for gradient, loss in zip(gradients, losses_, strict=True)
+    )
+    return Passes(clean, perturbed, None, jnp.all(finite), found)
 
 
 def _sum(x: jax.Array) -> jax.Array:

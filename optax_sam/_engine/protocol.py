@@ -6,14 +6,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._base import losses
+from optax_sam._base import losses, trees
 from optax_sam._base.checks import called, check_like, checked, refuse, shown
 from optax_sam._base.devices import AxisName
 
@@ -55,6 +55,32 @@ class Report:
             self.value, self.aux = value, aux
 
 
+class Pass(NamedTuple):
+    """What one pass has found at some parameters.
+
+    Attributes:
+      gradient: The gradient of the mean loss.
+      loss: The mean loss, None if the gradient was given without.
+      found: Losses and auxiliary data, None if the gradient was given without.
+    """
+
+    gradient: optax.Updates
+    loss: jax.Array | None = None
+    found: chex.ArrayTree = None
+
+    @property
+    def arrays(self) -> chex.ArrayTree:
+        """What was found without what is no array, which all passes have alike."""
+        return jax.tree.map(
+            lambda x: x if isinstance(x, jax.Array) else None, self.found
+        )
+
+    def like(self, other: "Pass") -> "Pass":
+        """The same for a branch: gradient and loss alone, in dtypes of another pass."""
+        loss = None if other.loss is None else jnp.asarray(self.loss, other.loss.dtype)
+        return Pass(trees.cast_like(self.gradient, other.gradient), loss)
+
+
 class Arguments(TypedDict, total=False):
     """The extra arguments of a sharpness-aware step.
 
@@ -87,6 +113,8 @@ class Arguments(TypedDict, total=False):
         before, and so the old one need not be kept beside it.
       is_gradient: `is_gradient(updates)` says whether updates are the gradient that the
         ascent was given, or a part of it, and no other link has made them.
+      base_state: The state of the base before the step, for an ascent along what the
+        base keeps.
     """
 
     loss_fn: Callable[[optax.Params, Any], jax.Array]
@@ -102,6 +130,7 @@ class Arguments(TypedDict, total=False):
     report: Report
     advance: Advance
     is_gradient: Callable[[optax.Updates], bool]
+    base_state: optax.OptState
 
 
 ARGUMENTS = frozenset(Arguments.__annotations__)
@@ -132,13 +161,35 @@ def require(owner: str, or_else: str = "", **arguments: Any) -> None:
             )
 
 
-def require_clean_gradient(owner: str, grad: Any) -> None:
-    """Refuses to descend without the clean gradient beside the perturbed one."""
-    if grad is None:
+def require_gradient(
+    owner: str,
+    updates: optax.Updates,
+    is_gradient: Callable[[optax.Updates], bool] | None,
+    chain: str,
+) -> None:
+    """Refuses what a link before has made of the gradient, which is not read."""
+    if is_gradient is not None and not is_gradient(updates):
         raise ValueError(
-            f"{owner}: grad, the clean gradient, is missing; make the link a part of "
-            "the base, sharpness_aware(optax.chain(link, sgd), ascent), which gives it."
+            f"{owner}: a link before it in the chain has changed the gradient, without "
+            "effect, since this one replaces it; put it first, optax.chain("
+            f"{chain}), with at most perturb_only before."
         )
+
+
+def require_of_base(owner: str, **arguments: Any) -> None:
+    """Refuses to descend without what the engine tells the base."""
+    what = {
+        "grad": ("the clean gradient", "ascent"),
+        "ascended": ("whether the step has ascended", "ascent, ascend_when=every(5)"),
+    }
+    for name, value in arguments.items():
+        if value is None:
+            meaning, others = what[name]
+            raise ValueError(
+                f"{owner}: {name}, {meaning}, is missing; make the link a part of the "
+                f"base, sharpness_aware(optax.chain(link, sgd), {others}), which gives "
+                "it."
+            )
 
 
 def accepted(
@@ -198,22 +249,22 @@ def as_transformation(
     return optax.with_extra_args_support(tx)
 
 
-def gradient_function(
+def pass_function(
     loss_fn: Any = None, batch: Any = MISSING, grad_fn: Any = None, **others: Any
-) -> Callable[[optax.Params], optax.Updates]:
-    """The function `params -> gradient` that the extra arguments describe.
+) -> Callable[[optax.Params], Pass]:
+    """The function `params -> pass` that the extra arguments describe.
 
     It is built like the clean pass of `value_and_update`, so that where parameters
     agree, gradients do, to the last bit.
 
     Args:
-      loss_fn: Per-example or scalar losses of `(params, batch)`, checked, or None.
+      loss_fn: The :class:`BatchLoss` of `batch`, or None.
       batch: The batch for `loss_fn`, or `MISSING`.
       grad_fn: The gradient as a function of params, or None; wins over `loss_fn`.
       **others: Other arguments of the step, which do not matter.
 
     Returns:
-      The gradient of the mean loss as a function of params.
+      A pass over the batch as a function of params.
 
     Raises:
       ValueError: If neither `grad_fn` nor both `loss_fn` and `batch` are given.
@@ -224,19 +275,21 @@ def gradient_function(
         owner = called("sharpness_aware")
         given_fn = checked(owner, "grad_fn", grad_fn, "params")
 
-        def given_gradient(params: optax.Params) -> optax.Updates:
-            return as_gradient("grad_fn(params)", given_fn(params), params)
+        def given_pass(params: optax.Params) -> Pass:
+            return Pass(as_gradient("grad_fn(params)", given_fn(params), params))
 
-        return given_gradient
+        return given_pass
     or_else = ", or pass grad_fn=..."
     require(called("sharpness_aware"), or_else, loss_fn=loss_fn, batch=batch)
 
-    def mean_gradient(params: optax.Params) -> optax.Updates:
-        found, pullback = losses.linearise(lambda p: loss_fn(p, batch), params)
-        gradient: optax.Updates = pullback(losses.uniform_weights(found))
-        return gradient
+    def mean_pass(params: optax.Params) -> Pass:
+        found, pullback, aux = losses.linearise(
+            lambda p: loss_fn.with_aux(p, batch), params, has_aux=True
+        )
+        clean = losses.clean_pass(found, pullback)
+        return Pass(clean.grad, clean.value, (found, aux))
 
-    return mean_gradient
+    return mean_pass
 
 
 def as_gradient(name: str, gradient: Any, params: optax.Params) -> optax.Updates:

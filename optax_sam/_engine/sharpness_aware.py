@@ -10,11 +10,13 @@ Nothing here knows a method: each is an ascent, an ordinary gradient transformat
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_sam._base import batching, trees
@@ -22,16 +24,19 @@ from optax_sam._base.checks import called, calling, check_parameters
 from optax_sam._base.devices import AxisName, Devices, place_like
 from optax_sam._base.hyperparameters import check_bool
 from optax_sam._engine import batch_loss, protocol
-from optax_sam._engine.ascend import Ascended, ascend
+from optax_sam._engine.ascend import Ascent, zero_unless
 from optax_sam._engine.groups import Examples, Group, Passes
+from optax_sam._engine.kept import check_kept
 from optax_sam._engine.states import SharpnessAwareState, explaining
 from optax_sam._engine.trial import check_directions
+from optax_sam._engine.when import AscendWhen, check_when, decide, either
 
 
 def sharpness_aware(
     base: optax.GradientTransformation,
     ascent: optax.GradientTransformation,
     *,
+    ascend_when: AscendWhen | None = None,
     micro_batch_size: int | None = None,
     micro_batches_at_once: int | None = 1,
     axis_name: AxisName | None = None,
@@ -56,6 +61,18 @@ def sharpness_aware(
     step is the one without: the base's for `rho`, SAM's for `strength` and `theta`,
     ASAM's with :math:`\eta = 0`, of the same mask for `drop_fraction`; for `delta`
     its default stands.
+
+    In a step for which `ascend_when` gives False, no perturbed pass runs
+    (`jax.lax.cond`): it costs one gradient, the clean one, which the base gets. The
+    ascent's state still sees that, so an average is one of all clean gradients,
+    schedules count all steps, and what an ascent computes for its state, such as a mask
+    that is due or the forward pass of RW-SAM's figures, is computed.
+
+    An ascent that reads nothing of the clean pass, neither gradient nor losses, as
+    :func:`optax_sam.follow_momentum`, makes a step of one gradient, at
+    :math:`w + \varepsilon`: value and auxiliary data are then those of that pass. It is
+    seen when the step is traced. Only a base that reads the clean gradient, as that of
+    :func:`optax_sam.gsam`, makes it be computed.
 
     Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
@@ -98,6 +115,9 @@ def sharpness_aware(
       base: The optimizer that moves the parameters, any Optax transformation.
       ascent: The transformation of the clean gradient into :math:`\varepsilon`, such as
         :func:`optax_sam.scale_to_radius`.
+      ascend_when: From the count of steps, an int32 scalar, to a bool scalar: whether
+        the step ascends, see above. :func:`optax_sam.every` and
+        :func:`optax_sam.between` make such functions. None for always.
       micro_batch_size: Examples of a micro-batch, which must divide the batch; None for
         the whole batch. Neighbours along the first axis of the batch's leaves make up a
         micro-batch. With an axis of devices, those of one device do.
@@ -183,15 +203,17 @@ def sharpness_aware(
     ascent = protocol.as_transformation(owner, "ascent", ascent)
     size, at_once = batching.check_sizes(owner, micro_batch_size, micro_batches_at_once)
     check_bool(owner, "sync_ascent", sync_ascent)
+    check_when(owner, ascend_when)
     own_axis_name = axis_name
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
         point = protocol.evaluated(params)
         check_parameters(owner, point)
-        state = SharpnessAwareState(ascent.init(point), base.init(params))
+        state = SharpnessAwareState.first(ascent.init(point), base.init(params))
         if point is not params:
             _check_lookahead(owner, state.base_state)
         check_directions(owner, base, ascent, state, point)
+        check_kept(owner, state.ascent_state, state.base_state, point)
         placed: SharpnessAwareState = place_like(state, point)
         return placed
 
@@ -219,46 +241,75 @@ def sharpness_aware(
         _warn_if_changed(updates, **extra_args)
         devices = _devices_of(own_axis_name, axis_name, sync_ascent)
         extra_args |= protocol.given(batch, loss_fn=loss_fn, grad_fn=grad_fn)
+        extra_args["base_state"] = state.base_state
         extra_args = batch_loss.of_step(extra_args)
         averaged = axis_name is not None
         examples = Examples.of_step(point, extra_args, devices, averaged)
-
-        def ascend_along(gradient: Any, *others: Any) -> Ascended:
-            return ascend(ascent, gradient, state.ascent_state, *others)
-
-        def two_passes(group: Group, *advances: jax.Array) -> Passes:
-            epsilon, ascent_state, finite = ascend_along(
-                group.gradient, group.params, group.arguments, *advances
-            )
-            gradient = group.gradient_at(trees.displace(group.params, epsilon))
-            return Passes(group.gradient, gradient, ascent_state, finite, group.found)
+        ascends = decide(owner, ascend_when, state.step)
+        passes_of = functools.partial(_passes, ascent, state.ascent_state, ascends)
 
         if sync_ascent and examples.are_one_group(size):
-            passes = two_passes(examples.all(updates))
+            passes = examples.all_together(passes_of, updates)
         else:
             # Each group starts from the state before the step; then that advances once.
             examples = examples.sharing_scores(size)
-            passes = examples.each_alone(two_passes, updates, size, at_once)
-            advanced = ascend_along(
-                passes.clean_gradient,
+            passes = examples.each_alone(passes_of, updates, size, at_once)
+            given = examples.shared_arguments
+            advance = Ascent(
+                ascent,
+                passes.clean.gradient,
+                state.ascent_state,
                 point,
-                examples.shared_arguments,
+                given,
                 passes.finite,
             )
-            passes = passes._replace(ascent_state=advanced.state)
-            examples = examples.as_found(passes)
+            passes = passes._replace(ascent_state=advance().state)
+        examples = examples.as_found(passes)
         base_args = protocol.accepted(
             base.update,
-            passes.for_base(examples.shared_arguments),
+            passes.for_base(examples.shared_arguments, ascends),
             withhold=protocol.ARGUMENTS,
         )
         updates, base_state = base.update(
-            passes.gradient, state.base_state, params, **base_args
+            passes.perturbed.gradient, state.base_state, params, **base_args
         )
-        return updates, SharpnessAwareState(passes.ascent_state, base_state)
+        return updates, state.after(passes.ascent_state, base_state, *passes.losses)
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return explaining(owner, tx)
+
+
+def _passes(
+    ascent: optax.GradientTransformationExtraArgs,
+    ascent_state: optax.OptState,
+    ascends: bool | jax.Array | None,
+    group: Group,
+    advances: jax.Array | None = None,
+) -> Passes:
+    """The passes over examples that ascend together, from the clean one on."""
+    clean, params, given = group.clean, group.params, group.arguments
+    ascend = Ascent(ascent, clean.gradient, ascent_state, params, given, advances)
+
+    def with_ascent() -> Any:
+        epsilon, new, finite = ascend()
+        perturbed = group.pass_at(trees.displace(params, epsilon))
+        if ascends is not None:  # The branches of a condition have to agree.
+            perturbed = perturbed.like(clean)
+        return perturbed, new, finite
+
+    def without() -> Any:
+        _, new, finite = ascend.not_made()
+        return clean.like(clean), new, finite
+
+    if ascend.reads_clean_pass:
+        perturbed, new, finite = either(ascends, with_ascent, without)
+        return Passes.of(clean, perturbed, new, finite, clean)
+    # Then nobody need make the clean pass: the only one is reported in its place.
+    epsilon, new, finite = ascend()
+    if ascends is not None:
+        epsilon = zero_unless(jnp.asarray(ascends), epsilon)
+    only = group.pass_at(trees.displace(params, epsilon))
+    return Passes.of(clean._replace(loss=only.loss), only, new, finite, only)
 
 
 def _check_lookahead(owner: str, base_state: optax.OptState) -> None:

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -11,13 +12,44 @@ import optax
 class SharpnessAwareState(NamedTuple):
     """State of :func:`sharpness_aware`.
 
+    The losses are what the last step has computed anyway; in a step that did not ascend
+    both are the clean one. Both are 0 before the first step and of a gradient that was
+    given without a loss, by `grad_fn`.
+
     Attributes:
       ascent_state: State of the ascent.
       base_state: State of the base optimizer.
+      step: Number of steps taken, an int32 scalar.
+      clean_loss: The mean loss at the parameters, that which the step reports; in a
+        step of one gradient the perturbed one. A scalar in the default float type.
+      perturbed_loss: The mean loss at the perturbed parameters, a scalar as well.
     """
 
     ascent_state: optax.OptState
     base_state: optax.OptState
+    step: jax.Array
+    clean_loss: jax.Array
+    perturbed_loss: jax.Array
+
+    @classmethod
+    def first(
+        cls, ascent_state: optax.OptState, base_state: optax.OptState
+    ) -> "SharpnessAwareState":
+        """That before any step."""
+        step = jnp.zeros([], jnp.int32)
+        return cls(ascent_state, base_state, step, jnp.zeros([]), jnp.zeros([]))
+
+    def after(
+        self,
+        ascent_state: optax.OptState,
+        base_state: optax.OptState,
+        clean_loss: jax.Array,
+        perturbed_loss: jax.Array,
+    ) -> "SharpnessAwareState":
+        """That after one more step."""
+        step = optax.safe_increment(self.step)
+        losses = (jnp.asarray(x, float) for x in (clean_loss, perturbed_loss))
+        return SharpnessAwareState(ascent_state, base_state, step, *losses)
 
 
 def explaining(

@@ -245,7 +245,7 @@ def _value_function(
 
     # A line search hands its value_fn the extra arguments that it names, and fails on
     # those that nobody names.
-    names = ["params", *arguments, "obj_fn"]
+    names = ["params", *arguments, "ascended", "obj_fn"]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
     value_fn.__signature__ = signature  # type: ignore[attr-defined]
