@@ -39,6 +39,8 @@ DEVICES = "tests/engine/test_devices.py"
 FINITE = "tests/engine/test_not_finite.py"
 REWEIGHTED = "tests/ascents/test_rw_sam.py"
 GROUPS = "tests/engine/test_micro_batches.py"
+WHEN = "tests/engine/test_when.py"
+ONE_PASS = "tests/engine/test_one_pass.py"
 INCREMENT = "optax.safe_increment(state.count)", "state.count + 1", COUNTS
 # Not among them, since no value changes:
 # - floats of eight bits as they are in `sort_keys`: their bits order them as well;
@@ -114,15 +116,22 @@ MUTANTS = [
     *mutants(
         "_engine/ascend.py",
         FINITE,
-        ("[g for g, r in zip(leaves, read, strict=True) if r]", "leaves"),
+        ("[g for g, r in pairs if r]", "leaves"),
         ("a = jnp.where(self._condition, a, b)", "pass"),
-        ("lambda e: _zero_unless(finite, e)", "lambda e: e"),
-        ("finite &= trees.all_finite(own)", "pass", REWEIGHTED),
+        ("Ascended(zero_unless(finite, epsilon), new", "Ascended(epsilon, new"),
         (
-            "new = _Advance(finite)(new, state) if advances is None else new",
+            "finite &= trees.all_finite(own + seen if moves else seen)",
             "pass",
             REWEIGHTED,
         ),
+        ("new = _Advance(finite)(new, self._state)", "pass", REWEIGHTED),
+        (
+            "finite, new = self._checked(finite, epsilon, new, moves=False)",
+            "pass",
+            f"{WHEN} -k own",
+        ),
+        ("any(read) or ", "", ONE_PASS),
+        (" or any(n.called for n in noted.values())", "", ONE_PASS),
     ),
     *mutants(
         "_engine/groups.py",
@@ -134,11 +143,13 @@ MUTANTS = [
         ("numbers + self.devices.index() * numbers.size", "numbers", DEVICES),
         ("n: fn.of_group(number)", "n: fn.of_group(None)"),
         (
-            "jnp.where(self.finite, a, b), clean",
+            "jnp.where(finite, a, b), clean",
             "a, clean",
             "tests/engine/test_sharpness_aware.py -k clean_gradient",
         ),
-        ("jnp.all(passes.finite), passes.found", "True, passes.found"),
+        ("finite = trees.all_finite(clean)", "finite = self.finite", ONE_PASS),
+        ("self.finite & ascends", "ascends", f"{WHEN} -k clean_gradient"),
+        ("jnp.all(passes.finite), (clean", "True, (clean"),
     ),
     *mutants(
         "_engine/sharpness_aware.py",
@@ -150,6 +161,22 @@ MUTANTS = [
             "tests/engine/test_protocol.py tests/engine/test_sharpness_aware.py",
         ),
         ("examples.sharing_scores(size)", "examples"),
+        (
+            'group.pass_at(params) if "ascent_loss_fn" in given else clean',
+            "clean",
+            f"{WHEN} -k whatever",
+        ),
+        ("epsilon = zero_unless(jnp.asarray(ascends), epsilon)", "pass", ONE_PASS),
+        ("clean._replace(loss=only.loss)", "clean", ONE_PASS),
+        ("finite, only)", "finite, clean)", ONE_PASS),
+    ),
+    *mutants(
+        "_engine/when.py",
+        WHEN,
+        ("lambda count: count % k == 0", "lambda count: count % k == 1"),
+        ("(first <= count) & (count <= last)", "(first <= count) & (count < last)"),
+        ("cond(ascends, one, other)", "cond(ascends, other, one)"),
+        ("one() if ascends in (None, True)", "one() if ascends is None"),
     ),
     *mutants(
         "_engine/value_and_update.py",

@@ -94,24 +94,23 @@ class Ascent:
 
     def __call__(self) -> Ascended:
         """Makes the ascent."""
-        finite, advances = self._finite, self._advances
-        epsilon, new = self._evaluated(finite if advances is None else advances)
-        own = _own(self._read, epsilon, new)
-        if own:
-            finite &= trees.all_finite(own)
-            new = _Advance(finite)(new, self._state) if advances is None else new
+        epsilon, new = self._evaluated(self._finite)
+        finite, new = self._checked(self._finite, epsilon, new)
         return Ascended(zero_unless(finite, epsilon), new, finite)
 
     def not_made(self) -> Ascended:
         """What a step makes of it that does not ascend: a state that sees the gradient.
 
-        No gradient of the ascent's own is made, and so none decides.
+        A gradient of the ascent's own is only made where its state sees that as well.
         """
         finite = trees.all_finite(self._inputs[0])
-        _, new = self._evaluated(finite if self._advances is None else self._advances)
+        epsilon, new = self._evaluated(finite)
+        finite, new = self._checked(finite, epsilon, new, moves=False)
         return Ascended(None, new, finite)
 
-    def _evaluated(self, condition: jax.Array) -> tuple[optax.Updates, optax.OptState]:
+    def _evaluated(self, finite: jax.Array) -> tuple[optax.Updates, optax.OptState]:
+        """The trace, for a state that advances where it is told to, or is finite."""
+        condition = finite if self._advances is None else self._advances
         evaluate: Any = jax.core.eval_jaxpr
         inputs = jax.tree.leaves((condition, *self._inputs))
         found = evaluate(self._closed.jaxpr, self._closed.consts, *inputs)
@@ -119,6 +118,25 @@ class Ascent:
             jax.tree.structure(self._shapes), found
         )
         return made
+
+    def _checked(
+        self,
+        finite: jax.Array,
+        epsilon: optax.Updates,
+        new: optax.OptState,
+        *,
+        moves: bool = True,
+    ) -> tuple[jax.Array, optax.OptState]:
+        """Whether a gradient of its own is finite too, if it has one, and its state."""
+        own = _own(self._read, epsilon)
+        if not own:
+            return finite, new
+        numbers = jax.tree.leaves(new)
+        seen = [x for x in numbers if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+        finite &= trees.all_finite(own + seen if moves else seen)
+        if self._advances is None:
+            new = _Advance(finite)(new, self._state)
+        return finite, new
 
 
 class _Noting:
@@ -206,16 +224,10 @@ def _read(jaxpr: Any) -> list[bool]:
     return [id(v) in used for v in jaxpr.invars]
 
 
-def _own(
-    read: list[bool], epsilon: optax.Updates, state: optax.OptState
-) -> list[jax.Array]:
-    """What a gradient of the ascent's own is seen in: epsilon and its state."""
+def _own(read: list[bool], epsilon: optax.Updates) -> list[jax.Array]:
+    """Where epsilon shows a gradient of the ascent's own; its state does then."""
     made = jax.tree.leaves(epsilon, is_leaf=trees.is_absent)
-    own = [e for e, r in zip(made, read, strict=True) if not (r or trees.is_absent(e))]
-    if own:
-        numbers = jax.tree.leaves(state)
-        own += [x for x in numbers if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    return own
+    return [e for e, r in zip(made, read, strict=True) if not (r or trees.is_absent(e))]
 
 
 def zero_unless(condition: jax.Array, epsilon: optax.Updates) -> optax.Updates:

@@ -85,8 +85,9 @@ class Passes(NamedTuple):
         With a condition of when to ascend, `ascended` says whether the step has.
         """
         clean = arguments.get("grad", self.clean.gradient)
+        finite = trees.all_finite(clean)  # Also of what the ascent has not read.
         grad = jax.tree.map(
-            lambda a, b: jnp.where(self.finite, a, b), clean, self.perturbed.gradient
+            lambda a, b: jnp.where(finite, a, b), clean, self.perturbed.gradient
         )
         told = {} if ascends is None else {"ascended": self.finite & ascends}
         return arguments | {"grad": grad} | told

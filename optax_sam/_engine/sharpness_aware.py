@@ -56,15 +56,16 @@ def sharpness_aware(
     ascent's state as it was; of an ascent that takes a gradient of its own, what it
     makes of that counts. What the base then does with the gradient at :math:`w` is
     up to the base: wrap it in `optax.apply_if_finite` to skip the step. Schedules in
-    the ascent count the ascents that were made. A hyperparameter of a schedule or of
+    the ascent do not count such steps. A hyperparameter of a schedule or of
     `optax.inject_hyperparams` is held to its range within the step. If it is NaN, the
     step is the one without: the base's for `rho`, SAM's for `strength` and `theta`,
     ASAM's with :math:`\eta = 0`, of the same mask for `drop_fraction`; for `delta`
     its default stands.
 
     In a step for which `ascend_when` gives False, no perturbed pass runs
-    (`jax.lax.cond`): it costs one gradient, the clean one, which the base gets. The
-    ascent's state still sees that, so an average is one of all clean gradients,
+    (`jax.lax.cond`): it costs one gradient, the clean one, which the base gets; with
+    `ascent_loss_fn` one more, as the base gets that of `loss_fn`. The ascent's state
+    still sees the clean gradient, so an average is one of all clean gradients,
     schedules count all steps, and what an ascent computes for its state, such as a mask
     that is due or the forward pass of RW-SAM's figures, is computed.
 
@@ -299,7 +300,9 @@ def _passes(
 
     def without() -> Any:
         _, new, finite = ascend.not_made()
-        return clean.like(clean), new, finite
+        # The base descends along the loss, whatever the ascent would have read.
+        unperturbed = group.pass_at(params) if "ascent_loss_fn" in given else clean
+        return unperturbed.like(clean), new, finite
 
     if ascend.reads_clean_pass:
         perturbed, new, finite = either(ascends, with_ascent, without)

@@ -367,7 +367,8 @@ def test_without_a_pullback_the_result_is_the_same():
     _, expected, state = step(problem.params, tx.init(problem.params), problem.batch)
     updates, by_hand = problems.ascend(tx, problem)
     problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
-    problems.assert_trees_close(by_hand, state, rtol=1e-4)
+    states = map(problems.without_losses, (by_hand, state))
+    problems.assert_trees_close(*states, rtol=1e-4)
 
 
 @pytest.mark.full
