@@ -73,7 +73,9 @@ def sharpness_aware(
     :func:`optax_sam.follow_momentum`, makes a step of one gradient, at
     :math:`w + \varepsilon`: value and auxiliary data are then those of that pass. It is
     seen when the step is traced. Only a base that reads the clean gradient, as that of
-    :func:`optax_sam.gsam`, makes it be computed.
+    :func:`optax_sam.gsam`, makes it be computed. From a branch of a condition, as in
+    `optax.MultiSteps(sharpness_aware(...))`, nothing can be reported: value and
+    auxiliary data remain those of a clean pass, which is made for them.
 
     Where wrappers go: what acts on the gradient that moves the parameters
     (`optax.MultiSteps`, clipping, `optax.masked`, `optax.partition`) belongs *around
