@@ -213,9 +213,9 @@ class Examples:
     ) -> Group:
         """Examples of this device, which know of the others for their scores only."""
         scoring = protocol.given(scoring_axis_name=self.devices.axis_name)
-        clean = protocol.Pass(
-            *self.devices.vary((arguments["grad"], arguments.get("value")))
-        )
+        # A loss beside a gradient that is given would not be that of both passes.
+        loss = None if "grad_fn" in arguments else arguments.get("value")
+        clean = protocol.Pass(*self.devices.vary((arguments["grad"], loss)))
         own_params = self.devices.vary(self.params)
         return Group(clean, pass_at, own_params, arguments | scoring)
 
