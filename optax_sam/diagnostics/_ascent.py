@@ -71,17 +71,18 @@ def ascent_metrics(
       scoring_loss_fn: As for :func:`optax_sam.value_and_update`.
 
     Returns:
-      A function `measure(params, ascent_state, *args) -> AscentMetrics`, where
-      `ascent_state` is `opt_state.ascent_state` of `sharpness_aware`, or
-      `ascent.init(params)`. `mask_density` counts the masks that bring about this
-      perturbation: leaves that :func:`optax_sam.perturb_only` drops count nothing,
-      and masks of bools that states keep under the name `mask` their True share,
-      several of them what all let through.
+      A function `measure(params, state, *args) -> AscentMetrics`, where `state` is that
+      of `sharpness_aware`, its part `ascent_state`, or `ascent.init(params)`; an ascent
+      along what the base keeps needs the first. `mask_density` counts the masks that
+      bring about this perturbation: leaves that :func:`optax_sam.perturb_only` drops
+      count nothing, and masks of bools that states keep under the name `mask` their
+      True share, several of them what all let through.
 
     Raises:
       TypeError: If `loss_fn` is no function or `ascent` no transformation; in the
-        function, if `ascent_state` is the state of all of the optimizer, or of another
-        ascent.
+        function, if `state` is that of another ascent.
+      ValueError: In the function, if the ascent is one along what the base keeps, and
+        `state` is not that of `sharpness_aware`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_sam
@@ -98,9 +99,9 @@ def ascent_metrics(
     take = _ascent_step(loss_fn, ascent, has_aux, ascent_loss_fn, scoring_loss_fn)
 
     def measure(
-        params: optax.Params, ascent_state: optax.OptState, *args: Any
+        params: optax.Params, state: optax.OptState, *args: Any
     ) -> AscentMetrics:
-        step = take(params, ascent_state, *args)
+        step = take(params, state, *args)
         clean = step.losses
         if ascent_loss_fn is not None:
             clean = losses_of(params, *args)
@@ -112,7 +113,7 @@ def ascent_metrics(
             perturbed_loss=mean_loss(perturbed),
             gap=gap,
             perturbation_norm=_vector.norm(step.epsilon),
-            mask_density=_density(params, ascent_state, step),
+            mask_density=_density(params, _parts(state)[0], step),
             effective_sample_size=_effective_sample_size(step, args),
         )
         return AscentMetrics(*(jnp.asarray(x, jnp.float32) for x in metrics))
@@ -142,7 +143,7 @@ def ascent_stability(
     loss_fn: Callable[..., Any],
     ascent: optax.GradientTransformation,
     params: optax.Params,
-    ascent_state: optax.OptState,
+    state: optax.OptState,
     batches: Any,
     *args: Any,
     has_aux: bool = False,
@@ -165,7 +166,7 @@ def ascent_stability(
       ascent: Any gradient transformation; its output is :math:`d_k`.
         `optax.identity()` is the gradient itself.
       params: Pytree of floating-point arrays of any shapes.
-      ascent_state: State of the ascent, such as `opt_state.ascent_state`.
+      state: That of :func:`optax_sam.sharpness_aware`, or of the ascent alone.
       batches: The batches along the first axis of every array: `[K, B, ...]`, of at
         least two.
       *args: What else `loss_fn` takes.
@@ -179,7 +180,7 @@ def ascent_stability(
 
     Raises:
       TypeError: As for :func:`ascent_metrics`.
-      ValueError: If there are fewer than two batches.
+      ValueError: If there are fewer than two batches, or as there.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -203,7 +204,7 @@ def ascent_stability(
     take = _ascent_step(loss_fn, ascent, has_aux, ascent_loss_fn, scoring_loss_fn)
 
     def direction(batch: Any) -> chex.ArrayTree:
-        return _vector.widen(take(params, ascent_state, batch, *args).epsilon)
+        return _vector.widen(take(params, state, batch, *args).epsilon)
 
     def add(carry: Any, batch: Any) -> Any:
         count, mean, units, squares = carry
@@ -243,38 +244,48 @@ def _ascent_step(
     """The step of an ascent, `(params, state, *args)`, as the engine takes it."""
     ascent = protocol.as_transformation("diagnostics", "ascent", ascent)
 
-    def update(
-        gradient: optax.Updates, state: optax.OptState, params: Any, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        epsilon, new, _ = ascend(ascent, gradient, state, params, extra_args)
-        return epsilon, (new, extra_args["losses"])
+    def make_step(base_state: optax.OptState) -> Callable[..., Any]:
+        def update(
+            gradient: optax.Updates,
+            state: optax.OptState,
+            params: Any,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, Any]:
+            given = extra_args | {"base_state": base_state}
+            epsilon, new, _ = ascend(ascent, gradient, state, params, given)
+            return epsilon, (new, extra_args["losses"])
 
-    step = value_and_update(
-        loss_fn,
-        optax.GradientTransformationExtraArgs(ascent.init, update),
-        has_aux=has_aux,
-        ascent_loss_fn=ascent_loss_fn,
-        scoring_loss_fn=scoring_loss_fn,
-    )
+        return value_and_update(
+            loss_fn,
+            optax.GradientTransformationExtraArgs(ascent.init, update),
+            has_aux=has_aux,
+            ascent_loss_fn=ascent_loss_fn,
+            scoring_loss_fn=scoring_loss_fn,
+        )
+
+    make_step(None)  # Refuses at once what no step can be made of.
 
     def take(params: optax.Params, state: optax.OptState, *args: Any) -> Ascent:
-        if isinstance(state, SharpnessAwareState):
-            raise TypeError(
-                "ascent_state is the state of the whole optimizer, SharpnessAwareState;"
-                " pass its part opt_state.ascent_state."
-            )
+        state, base_state = _parts(state)
         expected = jax.eval_shape(ascent.init, params)
         sizes = [len(jax.tree.leaves(tree)) for tree in (state, expected)]
         if type(state) is not type(expected) or sizes[0] != sizes[1]:
             raise TypeError(
-                f"ascent_state is not of this ascent: a {type(state).__name__} of "
+                f"state is not of this ascent: a {type(state).__name__} of "
                 f"{sizes[0]} arrays, where it has a {type(expected).__name__} of "
                 f"{sizes[1]}; pass the ascent that the optimizer was made with."
             )
-        _, epsilon, (new, losses) = step(params, state, *args)
+        _, epsilon, (new, losses) = make_step(base_state)(params, state, *args)
         return Ascent(epsilon, new, losses)
 
     return take
+
+
+def _parts(state: optax.OptState) -> tuple[Any, Any]:
+    """The states of the ascent and, if there is more than that, of the base."""
+    if isinstance(state, SharpnessAwareState):
+        return state.ascent_state, state.base_state
+    return state, None
 
 
 def _losses_only(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -134,8 +134,36 @@ def test_metrics_follow_the_engine():
         loss = loss_along(params, new_state.ascent_state[0].direction, *args)
         assert metrics.perturbed_loss == pytest.approx(float(loss), rel=1e-5)
         opt_state = new_state
-    with pytest.raises(TypeError, match=r"pass its part opt_state\.ascent_state"):
-        measure(ascent, params, batch, state=opt_state)
+    # The whole state will do as well.
+    problems.assert_trees_equal(
+        measured(params, opt_state, *args), measured(params, opt_state[0], *args)
+    )
+
+
+def test_ascents_along_what_the_base_keeps_need_the_whole_state():
+    params, loss_fn, batch = NETWORK
+    ascent = optax_sam.follow_momentum(0.3)
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1, momentum=0.9), ascent)
+    step = jax.jit(optax_sam.value_and_update(loss_fn, tx))
+    _, updates, opt_state = step(params, tx.init(params), batch)
+    params = optax.apply_updates(params, updates)
+    metrics = measure(ascent, params, batch, state=opt_state, loss_fn=loss_fn)
+    assert metrics.perturbation_norm == pytest.approx(0.3, rel=1e-5)
+    clean = problems.mean_loss(NETWORK)(params)
+    assert metrics.clean_loss == pytest.approx(float(clean), rel=1e-6)
+    value, _, _ = step(params, opt_state, batch)
+    assert metrics.perturbed_loss == pytest.approx(float(value), rel=1e-6)
+
+    batches = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), batch)
+    found = stability(ascent, loss_fn, params, opt_state, batches)
+    assert found.variance == pytest.approx(0, abs=1e-6)
+    assert found.mean_norm == pytest.approx(0.3, rel=1e-5)
+
+    for alone in (opt_state.ascent_state, ascent.init(params)):
+        with pytest.raises(ValueError, match=r"follow_momentum: .*pass the whole stat"):
+            measure(ascent, params, batch, state=alone, loss_fn=loss_fn)
+    with pytest.raises(TypeError, match="state is not of this ascent"):
+        measure(optax.chain(ascent), params, batch, state=opt_state, loss_fn=loss_fn)
 
 
 def test_a_gradient_that_is_not_finite_or_zero():
