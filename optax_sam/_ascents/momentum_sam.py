@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
-from optax_sam._base.checks import called, calling
+from optax_sam._base.checks import called, calling, refuse
 from optax_sam._base.hyperparameters import ScalarOrSchedule
 from optax_sam._engine import protocol
-from optax_sam._engine.kept import kept_by_base
+from optax_sam._engine.kept import Tried, kept_by_base
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
-# What Optax's optimizers name their accumulated gradients: SGD and LARS; Adam and most
-# others; Momo, Prodigy and D-Adaptation; Adan.
+# What Optax's optimizers name their accumulated gradients: SGD; Adam and most others;
+# Momo, Prodigy and D-Adaptation; Adan.
 _NAMES = ("trace", "mu", "exp_avg", "m")
 _FIRST = "follow_momentum(...), sparsify_by_fisher(...)"
 _REMEDY = (
@@ -57,7 +58,7 @@ def momentum_sam(
     Raises:
       TypeError: If `base` is no transformation or `rho` no real scalar or schedule.
       ValueError: If `rho` is negative, not finite or no scalar; in init, if `base`
-        keeps no momentum.
+        keeps no momentum, or one of its own updates, as `optax.lars` does.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -103,8 +104,8 @@ def follow_momentum(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
     Raises:
       TypeError: If `rho` is neither a real scalar nor callable.
       ValueError: If `rho` is negative, not finite or no scalar; when a state is made,
-        and in update, if the base keeps no momentum; in update, if a link before it has
-        changed the gradient.
+        and in update, if the base keeps no momentum; when a state is made, if that is
+        one of its own updates; in update, if a link before it has changed the gradient.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam
@@ -161,6 +162,23 @@ class FollowMomentumState(NamedTuple):
         """Says that the link gives the perturbation a length."""
         return True
 
-    def check_base(self, owner: str, base_state: Any, params: optax.Params) -> None:
-        """Refuses a base without momentum."""
+    def check_base(
+        self, owner: str, base_state: Any, params: optax.Params, tried: Tried
+    ) -> None:
+        """Refuses a base without momentum, or with one of updates in its place."""
         kept_by_base(owner, _NAMES, base_state, params, _REMEDY)
+        found = tried()
+        if found is None:
+            return
+        small, base_state = found
+        momentum = kept_by_base(owner, _NAMES, base_state, small, _REMEDY)
+        # Not by jax.numpy, which would trace them where init is compiled.
+        sums = [float(np.asarray(x).sum()) for x in jax.tree.leaves(momentum)]
+        if min(sums) < 0:
+            what = "base must accumulate gradients: those of 1 must give a positive sum"
+            remedy = (
+                "it accumulates its own updates; put the trace before what scales "
+                "them, optax.chain(optax.scale_by_rms(), optax.trace(0.9), "
+                "optax.scale(-0.1)), and not after, as optax.lars and optax.rmsprop do"
+            )
+            refuse(owner, what, min(sums), remedy)

@@ -15,7 +15,7 @@ from optax_sam._base import trees
 from optax_sam._base.checks import called, calling, refuse
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule, check_bool
 from optax_sam._engine import protocol
-from optax_sam._engine.kept import kept_by_base
+from optax_sam._engine.kept import Tried, kept_by_base
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
 _FIRST = "follow_average(), scale_to_radius(...)"
@@ -338,8 +338,11 @@ def follow_average() -> optax.GradientTransformationExtraArgs:
 class FollowAverageState(NamedTuple):
     """State of :func:`follow_average`, which is empty."""
 
-    def check_base(self, owner: str, base_state: Any, params: optax.Params) -> None:
+    def check_base(
+        self, owner: str, base_state: Any, params: optax.Params, tried: Tried
+    ) -> None:
         """Refuses a base that keeps no average."""
+        del tried
         _kept(owner, base_state, params)
 
 

@@ -1,6 +1,7 @@
 """What the base keeps in its state, for ascents along it: found by its name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import chex
 import jax
@@ -9,6 +10,9 @@ import optax
 
 from optax_sam._base import trees
 from optax_sam._base.checks import refuse
+
+# Small parameters and a state of the base for them; None where it cannot be tried.
+Tried: TypeAlias = Callable[[], tuple[optax.Params, optax.OptState] | None]
 
 
 def kept_by_base(
@@ -79,12 +83,19 @@ def _is_of(params: Any, tree: Any) -> bool:
 
 
 def check_kept(
-    owner: str, ascent_state: optax.OptState, base_state: optax.OptState, params: Any
+    owner: str,
+    ascent_state: optax.OptState,
+    base_state: optax.OptState,
+    params: Any,
+    tried: Tried,
 ) -> None:
-    """Lets the links of an ascent look for what they need the base to keep."""
+    """Lets the links of an ascent look for what they need the base to keep.
+
+    They may also look at what it keeps of gradients that are one, `tried()`.
+    """
 
     def needs(node: Any) -> bool:
         return hasattr(node, "check_base")
 
     for link in filter(needs, jax.tree.leaves(ascent_state, is_leaf=needs)):
-        link.check_base(owner, base_state, params)
+        link.check_base(owner, base_state, params, tried)

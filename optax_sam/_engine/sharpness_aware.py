@@ -28,7 +28,7 @@ from optax_sam._engine.ascend import Ascent, zero_unless
 from optax_sam._engine.groups import Examples, Group, Passes
 from optax_sam._engine.kept import check_kept
 from optax_sam._engine.states import SharpnessAwareState, explaining
-from optax_sam._engine.trial import check_directions
+from optax_sam._engine.trial import check_directions, tried_uphill
 from optax_sam._engine.when import AscendWhen, check_when, decide, either
 
 
@@ -216,7 +216,8 @@ def sharpness_aware(
         if point is not params:
             _check_lookahead(owner, state.base_state)
         check_directions(owner, base, ascent, state, point)
-        check_kept(owner, state.ascent_state, state.base_state, point)
+        tried = functools.partial(tried_uphill, base, state.base_state, point)
+        check_kept(owner, state.ascent_state, state.base_state, point, tried)
         placed: SharpnessAwareState = place_like(state, point)
         return placed
 

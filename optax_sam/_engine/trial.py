@@ -120,25 +120,48 @@ def _found(wanted: Callable[[Any], bool], tree: Any) -> list[Any]:
     return list(filter(wanted, jax.tree.leaves(tree, is_leaf=wanted)))
 
 
+def tried_uphill(
+    base: optax.GradientTransformationExtraArgs,
+    state: optax.OptState,
+    params: optax.Params,
+) -> tuple[optax.Params, optax.OptState] | None:
+    """Small parameters and a base's state there, of gradients that are one.
+
+    None if it cannot be tried.
+    """
+    with jax.ensure_compile_time_eval():
+        for small in _small(state, params):
+            try:
+                return small, _first_move(base, small)(_SLOPES[0])[1]
+            except Exception:  # Of all kinds: it is made for other parameters.
+                continue
+    return None
+
+
 def _tried(
     tx: optax.GradientTransformationExtraArgs,
     state: optax.OptState,
     params: optax.Params,
 ) -> tuple[_Moves, _Moves]:
-    """Where a transformation leads along a gradient and along minus the gradient.
-
-    On a single array, which is soon compiled, if it can be tried there and says all.
-    """
-    by_parts = (optax.MaskedState, optax.PartitionState)
+    """Where a transformation leads along a gradient and along minus the gradient."""
     with jax.ensure_compile_time_eval():
-        trees = [jax.tree.map(_corner, params)]
-        if not _found(lambda x: isinstance(x, by_parts), state):
-            trees.insert(0, jnp.ones(256))  # So many that sparse masks keep some.
-        for small in trees:
+        for small in _small(state, params):
             moves = _moves(tx, small)
             if moves[0]:
                 break
     return moves
+
+
+def _small(state: optax.OptState, params: optax.Params) -> list[optax.Params]:
+    """What to try a transformation on, by its state for the parameters.
+
+    A single array, which is soon compiled, if it can be tried there and says all.
+    """
+    trees = [jax.tree.map(_corner, params)]
+    by_parts = (optax.MaskedState, optax.PartitionState)
+    if not _found(lambda x: isinstance(x, by_parts), state):
+        trees.insert(0, jnp.ones(256))  # So many that sparse masks keep some.
+    return trees
 
 
 def _corner(p: Any) -> jax.Array:
@@ -150,9 +173,20 @@ def _moves(
     tx: optax.GradientTransformationExtraArgs, params: optax.Params
 ) -> tuple[_Moves, _Moves]:
     """The first updates that are not zero, by path; none if it cannot be tried."""
+    try:
+        (along, _), (against, _) = map(_first_move(tx, params), _SLOPES)
+        return along, against
+    except Exception:  # Of all kinds: it is made for other parameters.
+        return {}, {}
+
+
+def _first_move(
+    tx: optax.GradientTransformationExtraArgs, params: optax.Params
+) -> Callable[[float], tuple[_Moves, optax.OptState]]:
+    """From a slope to the first updates that are not zero, and the state with them."""
     step = jax.jit(value_and_update(_losses, tx))
 
-    def moves(slope: float) -> _Moves:
+    def move(slope: float) -> tuple[_Moves, optax.OptState]:
         state, found = tx.init(params), {}
         for _ in range(_STEPS):
             _, updates, state = step(params, state, jnp.full(2, slope))
@@ -160,13 +194,9 @@ def _moves(
             found = {jax.tree_util.keystr(p): np.asarray(x, float) for p, x in leaves}
             if any(np.any(e) for e in found.values()):
                 break
-        return found
+        return found, state
 
-    try:
-        along, against = map(moves, _SLOPES)
-        return along, against
-    except Exception:  # Of all kinds: it is made for other parameters.
-        return {}, {}
+    return move
 
 
 def _losses(params: optax.Params, slopes: jax.Array) -> jax.Array:
