@@ -35,34 +35,63 @@ def losses(params, batch):
 
 
 def scaled(v, rho):
-    return rho * v / np.sqrt((v**2).sum())
+    """To a length; zeros stay what they are."""
+    return rho * v / np.sqrt((v**2).sum()) if v.any() else v
 
 
-def trajectory(step, decay):
-    """Parameters after each step of SGD with momentum and weight decay.
+class Sgd:
+    """SGD with momentum, which takes in the weight decay; `tx` is Optax's.
+
+    Attributes:
+      momentum: That before a step.
+    """
+
+    def __init__(self, decay):
+        self.decay, self.momentum = decay, np.zeros(7)
+        self.tx = optax.chain(
+            optax.add_decayed_weights(decay), optax.sgd(RATE, momentum=MOMENTUM)
+        )
+
+    def update(self, direction, w):
+        self.momentum = MOMENTUM * self.momentum + direction + self.decay * w
+        return -RATE * self.momentum
+
+
+class AdamW:
+    """The same of Adam with decoupled weight decay; its momentum is not debiased."""
+
+    def __init__(self, decay, rate=0.05, b1=0.9, b2=0.99, eps=1e-6):
+        self.decay, self.rate, self.b1, self.b2, self.eps = decay, rate, b1, b2, eps
+        self.momentum, self.squares, self.count = np.zeros(7), np.zeros(7), 0
+        self.tx = optax.adamw(rate, b1, b2, eps, weight_decay=decay)
+
+    def update(self, direction, w):
+        self.count += 1
+        self.momentum = self.b1 * self.momentum + (1 - self.b1) * direction
+        self.squares = self.b2 * self.squares + (1 - self.b2) * direction**2
+        mean = self.momentum / (1 - self.b1**self.count)
+        size = np.sqrt(self.squares / (1 - self.b2**self.count)) + self.eps
+        return -self.rate * (mean / size + self.decay * w)
+
+
+def trajectory(step, base):
+    """Parameters after each step around a base.
 
     Args:
-      step: `step(w, g, gradient_at) -> (direction, extra)`: what momentum takes in, and
-        what is added to the update beside it.
-      decay: Weight decay, added to what momentum takes in.
+      step: `step(w, g, gradient_at) -> (direction, extra)`: what the base takes in, and
+        what is added to its update.
+      base: One of the above, whose momentum a step may read.
 
     Returns:
       Parameters `[steps, 7]`.
     """
-    w, velocity, found = START, np.zeros(7), []
+    w, found = START, []
     for batch in BATCHES:
         gradient_at = functools.partial(gradient, batch=batch)
         direction, extra = step(w, gradient_at(w), gradient_at)
-        velocity = MOMENTUM * velocity + direction + decay * w
-        w = w - RATE * velocity + extra
+        w = w + base.update(direction, w) + extra
         found.append(w)
     return np.stack(found)
-
-
-def base(decay):
-    return optax.chain(
-        optax.add_decayed_weights(decay), optax.sgd(RATE, momentum=MOMENTUM)
-    )
 
 
 def replayed(tx):
@@ -82,9 +111,9 @@ def replayed(tx):
         return np.asarray(run(params))
 
 
-def assert_replays(tx, step, decay):
+def assert_replays(tx, step, base):
     """Whether an optimizer takes the steps of a paper."""
-    expected = trajectory(step, decay)
+    expected = trajectory(step, base)
     np.testing.assert_allclose(replayed(tx), expected, rtol=1e-11, atol=1e-12)
 
 

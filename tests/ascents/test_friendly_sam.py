@@ -20,8 +20,9 @@ def test_steps_are_those_of_the_paper(decay):
         common.append(beta * common[-1] + (1 - beta) * g if common else g)
         return gradient_at(w + references.scaled(direction, rho)), 0
 
-    tx = optax_sam.friendly_sam(references.base(decay), rho, sigma, beta)
-    references.assert_replays(tx, step, decay)
+    base = references.Sgd(decay)
+    tx = optax_sam.friendly_sam(base.tx, rho, sigma, beta)
+    references.assert_replays(tx, step, base)
 
 
 def test_sigma_zero_is_sam_and_rho_zero_the_base():

@@ -21,8 +21,9 @@ def test_steps_are_those_of_the_paper(decay, decoupled):
         return g + weight * h, 0
 
     rate = references.RATE if decoupled else None
-    tx = optax_sam.wsam(references.base(decay), rho, gamma, learning_rate=rate)
-    references.assert_replays(tx, step, decay)
+    base = references.Sgd(decay)
+    tx = optax_sam.wsam(base.tx, rho, gamma, learning_rate=rate)
+    references.assert_replays(tx, step, base)
 
 
 @pytest.mark.parametrize("rate", [None, 0.1])
