@@ -303,8 +303,10 @@ def _passes(
 
     def without() -> Any:
         _, new, finite = ascend.not_made()
-        # The base descends along the loss, whatever the ascent would have read.
-        unperturbed = group.pass_at(params) if "ascent_loss_fn" in given else clean
+        # The base descends along the loss, whatever the ascent would have read, or a
+        # transformation around the step has made of its gradient.
+        found = clean._replace(gradient=given.get("grad", clean.gradient))
+        unperturbed = group.pass_at(params) if "ascent_loss_fn" in given else found
         return unperturbed.like(clean), new, finite
 
     if ascend.reads_clean_pass:
