@@ -162,8 +162,8 @@ def _scaled(x: jax.Array, *weights: jax.Array, clip: bool) -> list[jax.Array]:
     """The squares of an array's products with weights, on each scale."""
     scaled = [math.prod(weights, start=x * scale) for scale in _scales(*weights)]
     # Else a compiler may square the scale by itself, to zero or infinity. XLA on the
-    # CPU does so for single entries only, and is slow at clipping others.
-    if clip or x.size == 1:
+    # CPU does so where a device has a single entry only, and is slow at clipping.
+    if clip or x.size <= jax.device_count():
         limits: Any = jnp.finfo(x.dtype)  # type: ignore[no-untyped-call]
         scaled = [jnp.minimum(jnp.abs(y), limits.max) for y in scaled]
     return [jnp.square(y) for y in scaled]

@@ -108,6 +108,12 @@ def assert_placed_alike(a, b):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+def test_zeros_of_which_every_device_has_one_entry_stay_zeros():
+    zeros, ascent = fully_sharded(jnp.zeros(DEVICES)), optax_sam.scale_to_radius(0.1)
+    epsilon, _ = jax.jit(ascent.update)(zeros, ascent.init(zeros))
+    problems.assert_trees_equal(epsilon, jnp.zeros(DEVICES))
+
+
 @cover(method=METHODS, layout=LAYOUTS)
 def test_compiled_state_is_placed_like_the_parameters(method, layout):
     matrices = {name: name.startswith("w") for name in PROBLEM.params}
