@@ -207,7 +207,8 @@ def _across(p: optax.Updates, g: optax.Updates) -> chex.ArrayTree:
     across = jax.tree.map(lambda x, u: jnp.asarray(x, u.dtype) - along * u, p, unit)
     direction = trees.scale_to_norm(across, 1.0)
     finfo: Any = jnp.finfo  # Its constructor is not typed.
-    rounding = max(float(finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(p))
+    sizes = [float(finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(p)]
+    rounding = max(sizes, default=0.0)
     smallest = 8 * rounding * jnp.abs(along)
     is_part = trees.inner(across, direction) > smallest
     return jax.tree.map(lambda d: jnp.where(is_part, d, 0), direction)

@@ -60,7 +60,7 @@ def kept_by_base(
     found: chex.ArrayTree = jax.tree.map_with_path(
         only, params, *kept, is_leaf=trees.is_absent
     )
-    if not jax.tree.leaves(found):
+    if jax.tree.leaves(params) and not jax.tree.leaves(found):
         what = (
             f"base must keep a tree like params, as {' or '.join(names)} of its state"
         )
