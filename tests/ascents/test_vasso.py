@@ -4,8 +4,11 @@ import numpy as np
 import optax
 import problems
 import pytest
+import references
 
 import optax_sam
+
+SGD = optax.sgd(0.1, momentum=0.9)
 
 
 def directions(link, grads, params=None):
@@ -104,3 +107,80 @@ def test_leaves_absent_from_the_gradient_keep_their_average():
     d, state = link.update(grads, state)
     assert d["b"] == optax.MaskedNode()
     problems.assert_trees_equal(state.direction, {"a": jnp.ones(2), "b": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+@pytest.mark.parametrize("make", [references.Sgd, references.AdamW])
+def test_one_pass_ascends_along_what_steps_before_have_found(make, decay):
+    rho, theta, average = 0.5, 0.4, []
+
+    def step(w, g, gradient_at):
+        d = average[-1] if average else np.zeros(7)
+        p = gradient_at(w + references.scaled(d, rho))
+        average.append((1 - theta) * d + theta * p if average else p)
+        return p, 0
+
+    base = make(decay)
+    tx = optax_sam.vasso(base.tx, rho, theta, one_pass=True)
+    references.assert_replays(tx, step, base)
+
+
+def test_one_pass_of_no_radius_or_no_average_yet_is_the_base():
+    def one_pass(rho):
+        return optax_sam.vasso(SGD, rho, 0.4, one_pass=True)
+
+    references.assert_is(one_pass(0.0), SGD)
+    references.assert_is(one_pass(0.5), SGD, steps=1)
+
+
+def test_one_pass_of_theta_one_is_along_the_last_perturbed_gradient():
+    link = optax_sam.keep_average(1.0)
+    grads = [jnp.array([0.1 * t, 1.0 / (t + 1)]) for t in range(4)]
+    state = link.init(grads[0])
+    for g in grads:
+        handed_on, state = link.update(g, state)
+        np.testing.assert_array_equal(handed_on, g)
+        np.testing.assert_array_equal(state.average, g)
+
+
+def test_a_gradient_that_is_not_finite_is_in_no_average():
+    link, good = optax_sam.keep_average(0.5), jnp.ones(2)
+    _, state = link.update(good, link.init(good))
+    for bad in (jnp.array([1.0, jnp.nan]), jnp.array([jnp.inf, 1.0])):
+        handed_on, after = link.update(bad, state)
+        np.testing.assert_array_equal(handed_on, bad)
+        problems.assert_trees_equal(after, state)
+
+
+def test_the_kept_average_is_in_the_dtype_asked_for():
+    tx = optax_sam.vasso(SGD, 0.1, 0.4, accumulator_dtype=jnp.bfloat16, one_pass=True)
+    kept = tx.init(jnp.ones(2)).base_state[0]
+    assert kept.average.dtype == jnp.bfloat16
+    assert kept.count == 0
+
+
+def test_one_pass_needs_an_average_that_the_base_keeps():
+    ascent = optax.chain(optax_sam.follow_average(), optax_sam.scale_to_radius(0.1))
+    tx = optax_sam.sharpness_aware(SGD, ascent)
+    message = r"^sharpness_aware: base must keep.*average.*keep_average\(theta\), sgd"
+    with pytest.raises(ValueError, match=message):
+        tx.init(jnp.ones(2))
+    link, g = optax_sam.follow_average(), jnp.ones(2)
+    with pytest.raises(
+        ValueError, match=r"^follow_average: .*state of the base.* missing"
+    ):
+        link.update(g, link.init(g), g)
+
+
+def test_one_pass_refuses_what_another_link_has_made_of_the_gradient():
+    links = optax_sam.suppress_variance(0.4), optax_sam.follow_average()
+    ascent = optax.chain(*links, optax_sam.scale_to_radius(0.1))
+    base, g = optax.chain(optax_sam.keep_average(0.4), SGD), jnp.ones(2)
+    tx = optax_sam.sharpness_aware(base, ascent)
+    with pytest.raises(ValueError, match=r"^follow_average: a link before it.*first"):
+        tx.update(g, tx.init(g), g, grad_fn=lambda p: p)
+
+
+def test_one_pass_must_be_a_bool():
+    with pytest.raises(TypeError, match=r"^vasso: one_pass must be True or"):
+        optax_sam.vasso(SGD, 0.1, 0.4, one_pass=1)
