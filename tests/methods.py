@@ -21,6 +21,8 @@ class Method(NamedTuple):
     static: Mapping[str, Any] = {}
     # Instead of these, where hyperparameters are injected.
     injected: Mapping[str, Any] = {}
+    needs_momentum: bool = False  # Of the base.
+    is_always_of_two_passes: bool = True
 
     def __call__(self, base):
         return self.alias(base, **self.hyperparameters, **self.static)
@@ -72,9 +74,28 @@ METHODS = {
     "gsam": Method(optax_sam.gsam, {"rho": 0.1, "alpha": 0.2}),
     "wsam": Method(optax_sam.wsam, {"rho": 0.1, "gamma": 0.8}),
     "sam on matrices": Method(sam_on_matrices, {"rho": 0.1}),
+    "momentum": Method(
+        optax_sam.momentum_sam,
+        {"rho": 0.1},
+        needs_momentum=True,
+        is_always_of_two_passes=False,
+    ),
+    "vasso of one pass": Method(
+        optax_sam.vasso,
+        {"rho": 0.1, "theta": 0.4},
+        {"one_pass": True},
+        is_always_of_two_passes=False,
+    ),
+    "look": Method(
+        optax_sam.look_sam,
+        {"rho": 0.1, "alpha": 0.3},
+        {"every": 2},
+        is_always_of_two_passes=False,
+    ),
 }
 HALF = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 DTYPES = {"float32": jnp.float32} | HALF
+NO_MOMENTUM = ("schedule", "schedule free", "prng key")
 BASES = {
     "sgd momentum": lambda: optax.sgd(0.05, momentum=0.9),
     # The default eps of 1e-8 is zero in float16.
@@ -95,7 +116,7 @@ BASES = {
             optax.add_decayed_weights(1e-3),
             lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p),
         ),
-        optax.sgd(0.05),
+        optax.sgd(0.05, momentum=0.9),
     ),
 }
 
@@ -143,6 +164,8 @@ def pairs():
         enumerate(METHODS), enumerate(BASES)
     ):
         default = (i + j) % min(len(METHODS), len(BASES)) == 0
+        if METHODS[method].needs_momentum and base in NO_MOMENTUM:
+            continue
         if (
             default
             or method in ("sam", "vasso")

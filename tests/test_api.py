@@ -13,31 +13,43 @@ import optax_sam
 API = {
     "optax_sam": """
 AdaptToScaleState(count)
+FollowAverageState()
+FollowMomentumState(count)
 GapDescentState(count)
+KeepAverageState(count, average)
 RemoveCommonDirectionState(count, common)
+ReuseAscentState(count, direction)
 ReweightBySharpnessState(key, count, effective_sample_size, largest_weight,
     mean_directional_norm)
 ScaleToRadiusState(count)
-SharpnessAwareState(ascent_state, base_state)
+SharpnessAwareState(ascent_state, base_state, step, clean_loss, perturbed_loss)
 SparsifyByFisherState(count, mask, since, key)
 SparsifyDynamicallyState(count, mask, since, key)
 SuppressVarianceState(count, direction)
 WeightedDescentState(count, base_state=())
 adapt_to_scale(rho, *, eta=0.0)
 asam(base, rho, *, eta=0.0)
+between(first, last=None)
 choose_layers(scores, sparsity, *, cost=None)
 diagnostics
 dynamic_sparse_sam(base, rho, sparsity, *, refresh_every, decay_steps,
     drop_fraction=0.5, drop_by='gradient', grow_by='random', key=0, rescale=False)
+every(k)
 fisher_diagonal(loss_fn, params, batch, *, num_examples=None, chunk_size=4,
     axis_name=None)
+follow_average()
+follow_momentum(rho)
 friendly_sam(base, rho, sigma=1.0, decay=0.9)
 gap_descent(alpha)
 gsam(base, rho, alpha)
+keep_average(theta, accumulator_dtype=None)
+look_sam(base, rho, every=5, alpha=0.7)
 m_sam(base, rho, micro_batch_size, *, micro_batches_at_once=1)
+momentum_sam(base, rho)
 n_m(n, m, axis=-1)
 perturb_only(mask)
 remove_common_direction(sigma=1.0, decay=0.9)
+reuse_ascent(alpha)
 reweight_by_sharpness(strength, *, key, delta=0.0001, num_probes=1,
     estimator='auto', normalize=False)
 rw_sam(base, rho, strength, *, key=0, delta=0.0001, num_probes=1,
@@ -45,8 +57,8 @@ rw_sam(base, rho, strength, *, key=0, delta=0.0001, num_probes=1,
 sam(base, rho)
 scale_to_radius(rho)
 select_layers(*layers)
-sharpness_aware(base, ascent, *, micro_batch_size=None, micro_batches_at_once=1,
-    axis_name=None, sync_ascent=True)
+sharpness_aware(base, ascent, *, ascend_when=None, micro_batch_size=None,
+    micro_batches_at_once=1, axis_name=None, sync_ascent=True)
 sparse_sam(base, rho, pattern, *, refresh_every, num_examples=128,
     estimator='per_example', chunk_size=4, num_probes=4, key=0, rescale=False)
 sparsify_by_fisher(pattern, *, refresh_every, num_examples=128,
@@ -58,7 +70,7 @@ suppress_variance(theta, accumulator_dtype=None)
 unstructured(sparsity)
 value_and_update(loss_fn, tx, *, has_aux=False, ascent_loss_fn=None,
     scoring_loss_fn=None, axis_name=None)
-vasso(base, rho, theta, *, accumulator_dtype=None)
+vasso(base, rho, theta, *, accumulator_dtype=None, one_pass=False)
 weighted_descent(gamma)
 wsam(base, rho, gamma, *, learning_rate=None)
 """,

@@ -137,7 +137,11 @@ def faults(is_guarded):
     return draw_faults(0, FAULTS), draw_faults(1, FAULTS if is_guarded else FINITE)
 
 
-@pytest.mark.parametrize("name", defaults([*METHODS, *CHAINS], ("vasso", "static")))
+# Others descend along what goes wrong in the clean pass, or make none.
+TWO_PASSES = [name for name, m in METHODS.items() if m.is_always_of_two_passes]
+
+
+@pytest.mark.parametrize("name", defaults([*TWO_PASSES, *CHAINS], ("vasso", "static")))
 @pytest.mark.parametrize("is_guarded", defaults([True, False], (True,)))
 def test_training_goes_on(name, is_guarded):
     base = guarded() if is_guarded else unguarded()
