@@ -59,25 +59,41 @@ LINKS = {
     "static": lambda h: optax_sam.perturb_only(matrices),
     "fisher": lambda h: fisher(0.5),
     "dynamic": lambda h: dynamic(0.5),
+    "rest": lambda h: optax_sam.remove_common_direction(h.theta, 0.5),
+    "ahead": lambda h: optax_sam.follow_momentum(h.rho),
+    "kept": lambda h: optax_sam.follow_average(),
 }
 # What leaves the direction as it is.
 NEUTRAL = LINKS | {
     "static": lambda h: optax_sam.perturb_only(True),
     "fisher": lambda h: fisher(0.0),
     "dynamic": lambda h: dynamic(0.0),
+    "rest": lambda h: optax_sam.remove_common_direction(0.0),
 }
-SCALES, MASKS = ("radius", "adapt"), ("static", "fisher", "dynamic")
+SCALES, MASKS = ("radius", "adapt", "ahead"), ("static", "fisher", "dynamic")
+REPLACING = ("reweight", "ahead", "kept")  # The gradient, which they do not read.
 
 
 def is_legal(links):
-    """One scale and a mask at most; reweighting replaces all but what is absent before.
+    """One scale and a mask at most; what replaces the gradient before all but a mask.
 
-    ASAM's scale has its place where SAM's has, and is tried in shorter chains.
+    ASAM's scale has its place where SAM's has, and is tried in shorter chains, as are
+    directions in place of VaSSO's, of which one is enough.
     """
-    scales, masks = ({*links} & {*kind} for kind in (SCALES, MASKS))
-    before = links[: links.index("reweight")] if "reweight" in links else ()
-    short = "adapt" not in links or len(links) < 3
-    return short and len(scales) == 1 and len(masks) < 2 and {*before} <= {"static"}
+    scales, masks, replacing = (
+        {*links} & {*kind} for kind in (SCALES, MASKS, REPLACING)
+    )
+    before = links[: links.index(*replacing)] if len(replacing) == 1 else ()
+    long = {*links} & {"adapt", "rest", "ahead", "kept"}
+    directions = {*links} & {"average", "rest", "ahead", "kept"}
+    return (
+        len(scales) == 1
+        and len(masks) < 2
+        and len(replacing) < 2
+        and {*before} <= {"static"}
+        and not (long and len(links) > 3 - ("adapt" in links))
+        and len(directions) < 2
+    )
 
 
 CHAINS = [
@@ -86,6 +102,13 @@ CHAINS = [
     for links in itertools.permutations(LINKS, num)
     if is_legal(links)
 ]
+
+
+def is_one_pass(chain):
+    """Whether it is along something the base keeps, which is zero at first."""
+    return not {"ahead", "kept"}.isdisjoint(chain.split())
+
+
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 TREES = {
     "nested": {
@@ -184,9 +207,17 @@ def remember():
     return optax.GradientTransformation(optax.tree.zeros_like, update_fn)
 
 
+def base_optimizer(chain, base, theta=0.5):
+    """With an average of what it descends along, if that is what a chain ascends by."""
+    if "kept" in chain:
+        return optax.chain(optax_sam.keep_average(theta), BASES[base]())
+    return BASES[base]()
+
+
 def optimizer(chain, base, links, h, **options):
     ascent = optax.chain(*(links[name](h) for name in chain.split()), remember())
-    return optax_sam.sharpness_aware(BASES[base](), ascent, **options)
+    base = base_optimizer(chain, base, h.theta)
+    return optax_sam.sharpness_aware(base, ascent, **options)
 
 
 class Compiled(NamedTuple):
@@ -227,14 +258,15 @@ def displace(p, e):
 
 
 @functools.cache
-def compiled_base(base):
+def compiled_base(chain):
     """A step of the base alone, at a displacement."""
+    tx = base_optimizer(chain, base_of(chain))
 
     def step(params, opt_state, epsilon, batch):
         def losses_there(params, batch):
             return losses(jax.tree.map(displace, params, epsilon), batch)
 
-        step = optax_sam.value_and_update(losses_there, BASES[base]())
+        step = optax_sam.value_and_update(losses_there, tx)
         return step(params, opt_state, batch)[:2]
 
     return jax.jit(step)
@@ -310,14 +342,16 @@ def length(chain, epsilon, params):
     return problems.norm(epsilon)
 
 
-def check_epsilon(chain, rho, epsilon, params):
+def check_epsilon(chain, rho, epsilon, params, is_first):
     """Its length and how many entries it has."""
     links = chain.split()
+    rho = 0.0 if is_first and is_one_pass(chain) else rho
     after = links[[name in SCALES for name in links].index(True) + 1 :]
     found, tolerance = length(chain, epsilon, params), 2 * precision(params)
     if not after:
         np.testing.assert_allclose(found, rho, rtol=tolerance, atol=1e-6)
-    elif not ("adapt" in links and "average" in after):  # Relative to other weights.
+    elif not ("adapt" in links and "average" in after) and "rest" not in after:
+        # Else it is relative to other weights, or what is removed from it is longer.
         assert found <= rho * (1 + tolerance) + 1e-6
     total = sum(np.size(x) for x in jax.tree.leaves(params))
     if links[-1] in ("fisher", "dynamic"):
@@ -344,6 +378,7 @@ SOME_CHAINS = (
     "static average radius",
     "reweight average radius fisher",
     "dynamic adapt",
+    "static ahead",
 )
 
 
@@ -352,19 +387,21 @@ SOME_CHAINS = (
 def test_a_step_of_any_chain(chain, data):
     case = data.draw(cases(chain))
     base = base_of(chain)
-    program, reference = compiled(chain, base), compiled_base(base)
-    tolerance = 20 * precision(case.params)
+    program, reference = compiled(chain, base), compiled_base(chain)
+    tolerance, is_first = 20 * precision(case.params), True
     for (params, state, value, updates, epsilon, after), batch in zip(
         train(program, case), case.batches, strict=True
     ):
         assert description(updates) == description(params)
         assert description(after) == description(state)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
-        check_epsilon(chain, case.h.rho, epsilon, params)
+        check_epsilon(chain, case.h.rho, epsilon, params, is_first)
+        is_first = False
         check_mask(after, params)
         at = functools.partial(reference, params, state.base_state, batch=batch)
         nowhere = optax.tree.zeros_like(epsilon)
-        np.testing.assert_allclose(value, at(nowhere)[0], rtol=tolerance)
+        reported = at(epsilon if is_one_pass(chain) else nowhere)[0]
+        np.testing.assert_allclose(value, reported, rtol=tolerance)
         if case.h.rho == 0:
             problems.assert_trees_equal(updates, at(nowhere)[1])
         problems.assert_trees_close(
@@ -373,13 +410,18 @@ def test_a_step_of_any_chain(chain, data):
     assert program.step._cache_size() == 1
 
 
-@pytest.mark.parametrize("chain", in_default_tier(CHAINS, SOME_CHAINS[2:]))
+@pytest.mark.parametrize("chain", in_default_tier(CHAINS, SOME_CHAINS[2:4]))
 @given(data=st.data(), factor=st.sampled_from([0.0] + [2.0**i for i in range(-6, 7)]))
 def test_a_factor_of_the_loss_does_not_change_the_perturbation(chain, data, factor):
     case = data.draw(cases(chain))
     program = compiled(chain, base_of(chain))
-    *_, plain, _ = next(train(program, case))
-    *_, updates, found, after = next(train(program, case.scaled(factor)))
+    # What the base keeps there is only after the first step.
+    which = 1 if is_one_pass(chain) and "adapt" not in chain else 0
+    plain, scaled = (
+        next(itertools.islice(train(program, c), which, None))
+        for c in (case, case.scaled(factor))
+    )
+    (*_, plain, _), (*_, updates, found, after) = plain, scaled
     if factor == 0:
         plain = optax.tree.zeros_like(plain)
     tolerance = 2 * precision(case.params)
@@ -401,12 +443,15 @@ def test_links_that_change_nothing_change_no_bit(chain, data):
     size = (None, BATCH)[CHAINS.index(chain) % 2]
     base = base_of(chain)
     program = compiled(chain, base, neutral=True, micro_batch_size=size)
-    plain = compiled("adapt" if "adapt" in chain else "radius", base)
+    own = [n for n in chain.split() if n == "kept" or n in SCALES]
+    plain = compiled(" ".join(own), base)
     for found, expected in zip(train(program, case), train(plain, case), strict=True):
         problems.assert_trees_equal(found[3], expected[3])
 
 
-MICRO_CHAINS = [chain for chain in CHAINS if chain.count(" ") < 2]
+SHORT_CHAINS = [chain for chain in CHAINS if chain.count(" ") < 2]
+# Along what the base keeps, all of them ascend as one.
+MICRO_CHAINS = [chain for chain in SHORT_CHAINS if not is_one_pass(chain)]
 
 
 @pytest.mark.parametrize("chain", in_default_tier(MICRO_CHAINS, ("average radius",)))
@@ -461,7 +506,7 @@ def compiled_by_hand(chain, base, size):
     return step
 
 
-@pytest.mark.parametrize("chain", in_default_tier(MICRO_CHAINS, ()))
+@pytest.mark.parametrize("chain", in_default_tier(SHORT_CHAINS, ()))
 @given(data=st.data())
 def test_eight_devices_are_one(chain, data):
     case = data.draw(cases(chain))
@@ -529,6 +574,68 @@ def test_a_step_on_any_tree(params, rho):
     tolerance = 2 * max([0.0, *map(precision, jax.tree.leaves(params))])
     expected = size + rho if size else 0.0
     np.testing.assert_allclose(problems.norm(updates), expected, rtol=tolerance)
+
+
+DESCENTS = {
+    "gap": optax_sam.gap_descent,
+    "weighted": lambda x: optax_sam.weighted_descent(0.9 * x),
+    "reuse": optax_sam.reuse_ascent,
+    "keep": optax_sam.keep_average,
+}
+
+
+@functools.cache
+def compiled_descent(name):
+    """Descents of an ascent, and of a step after it that does not ascend."""
+
+    def steps(x, pairs, factor):
+        link = DESCENTS[name](x)
+        pairs = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), pairs)
+        state = link.init(pairs[0])
+        first, state = link.update(pairs[0], state, grad=pairs[1], ascended=True)
+        after, state = link.update(pairs[2], state, grad=pairs[2], ascended=False)
+        return (first, after), state
+
+    return jax.jit(steps)
+
+
+def in_two(tree):
+    """Other leaves of the same numbers, in another order."""
+    leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
+    return [half for x in leaves[::-1] for half in (x[1::2], x[::2])]
+
+
+@pytest.mark.parametrize("name", DESCENTS)
+@given(
+    seed=st.integers(0, 2**32 - 3),
+    spec=st.sampled_from(list(TREES.values())),
+    x=st.floats(0, 1, width=32),
+    factor=st.sampled_from([2.0**i for i in range(-4, 5)]),
+)
+def test_a_descent_scales_with_the_loss_and_is_of_the_whole_tree(
+    name, seed, spec, x, factor
+):
+    pairs = [draw_tree(spec, seed + i, 1) for i in range(3)]
+    run = compiled_descent(name)
+    found, state = run(x, pairs, 1.0)
+    assert description(found) == description((pairs[0], pairs[2]))
+    assert all(np.isfinite(n).all() for n in jax.tree.leaves(state))
+    tolerance = 4 * precision(pairs)
+    scaled, _ = run(x, pairs, factor)
+    problems.assert_trees_close(
+        scaled,
+        jax.tree.map(lambda n: factor * np.float64(n), found),
+        rtol=tolerance,
+        atol=factor * tolerance,
+    )
+    others, _ = run(x, list(map(in_two, pairs)), 1.0)
+    expected = tuple(map(in_two, jax.device_get(found)))
+    problems.assert_trees_close(others, expected, rtol=tolerance, atol=tolerance)
+    neutral, _ = run(0.5 / 0.9 if name == "weighted" else 0.0, pairs, 1.0)
+    if name == "keep":
+        neutral = found  # Whatever the average.
+    if name != "weighted":  # Whose weight need not be one to the last bit.
+        problems.assert_trees_equal(jax.device_get(neutral), (pairs[0], pairs[2]))
 
 
 PATTERNS = {
