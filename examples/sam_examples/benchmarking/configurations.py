@@ -36,6 +36,9 @@ class Configuration:
       chosen: if given, only layers of large Fisher score are perturbed, and this is the
         share of the weights that is left out.
       micro_batch_size: examples that ascend for themselves, if not all in one.
+      descent: the first link of the base, if there is one before the optimizer.
+      ascend_when: from the number of steps to what says which of them ascend, if not
+        all do.
     """
 
     kind: str
@@ -44,6 +47,8 @@ class Configuration:
     examples: float = 1.0
     chosen: float | None = None
     micro_batch_size: int | None = None
+    descent: optax.GradientTransformation | None = None
+    ascend_when: Callable[[int], Any] | None = None
 
     def with_layers(self, mask: Any) -> "Configuration":
         """The configuration once the layers are chosen, by a tree of bools."""
@@ -62,9 +67,12 @@ class Configuration:
         ascent = self.make_ascent(rho, num_steps, epoch_steps)
         if ascent is None:
             return base
+        if self.descent is not None:
+            base = optax.chain(self.descent, base)
         return optax_sam.sharpness_aware(
             base,
             ascent,
+            ascend_when=self.ascend_when and self.ascend_when(num_steps),
             micro_batch_size=self.micro_batch_size,
             # A loop is slow on the CPU, and small networks have the memory.
             micro_batches_at_once=None,
