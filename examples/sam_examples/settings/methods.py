@@ -1,14 +1,15 @@
 """The methods that the scripts can train with, and their combinations.
 
 A method is a sum of names, such as `vasso` or `rw_sam+vasso+sparse_sam`: each brings a
-link of the ascent, as `gsam` does one of the base or, as `m_sam` does, an argument of
-the engine. Its hyperparameters have defaults here, which can be changed on the command
-line.
+link of the ascent or, as `gsam` does, of the base or, as `m_sam` and `every` do, an
+argument of the engine. Its hyperparameters have defaults here, which can be changed on
+the command line.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -92,6 +93,13 @@ METHODS: Hyperparameters = {
     },
     # SAM's rho times the root of 16 / 64, the share of the batch that ascends together.
     "m_sam": {"rho": 0.25, "micro_batch_size": 16},
+    # Whose steps cost less than two gradients.
+    "momentum_sam": {"rho": 4.0},
+    "one_pass_vasso": {"rho": 0.7, "theta": 0.4},
+    "look_sam": {"rho": 0.125, "every": 5, "alpha": 0.7},
+    "every": {"rho": 1.0, "k": 2},
+    # From the middle of compare.py's training to its end.
+    "between": {"rho": 0.5, "first": 320, "last": None},
 }
 
 # The papers' values on CIFAR-10, where they differ from those for the noisy digits; of
@@ -107,31 +115,72 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "dynamic_sparse_sam": {"rho": 0.1},
     "rw_sam": {"rho": 0.1},
     "m_sam": {"rho": 0.05, "micro_batch_size": 32},
+    "momentum_sam": {"rho": 1.0},
+    "one_pass_vasso": {"rho": 0.1},
+    "look_sam": {"rho": 0.1},
+    "every": {"rho": 0.1},
+    "between": {"rho": 0.1},
 }
+# Names whose rho is of another size than SAM's.
+_OF_OTHER_SIZE = ("every", "m_sam", "look_sam", "asam", "momentum_sam")
+
+
+def _every(*, every: int) -> Callable[[Any], Any]:
+    return optax_sam.every(every)
+
 
 # Links before and after that of the radius, in the order of a chain.
 _BEFORE: Mapping[str, Callable[..., Any]] = {
     "rw_sam": optax_sam.reweight_by_sharpness,
     "vasso": optax_sam.suppress_variance,
+    "one_pass_vasso": optax_sam.follow_average,
     "friendly_sam": optax_sam.remove_common_direction,
+}
+# In place of scale_to_radius.
+_RADII: Mapping[str, Callable[..., Any]] = {
+    "asam": optax_sam.adapt_to_scale,
+    "momentum_sam": optax_sam.follow_momentum,
 }
 _AFTER: Mapping[str, Callable[..., Any]] = {
     "sparse_sam": _sparsify_by_fisher,
     "dynamic_sparse_sam": optax_sam.sparsify_dynamically,
 }
-# First links of the base.
+# First links of the base, in their order.
 _DESCENTS: Mapping[str, Callable[..., Any]] = {
+    "one_pass_vasso": optax_sam.keep_average,
     "gsam": optax_sam.gap_descent,
     "wsam": optax_sam.weighted_descent,
+    "look_sam": optax_sam.reuse_ascent,
 }
+_ASCEND_WHEN: Mapping[str, Callable[..., Any]] = {
+    "look_sam": _every,
+    "every": optax_sam.every,
+    "between": optax_sam.between,
+}
+# Of which a method may have one only, and why.
+_ONE_OF = (
+    (
+        ("sam", *_RADII),
+        "each scale the ascent to a radius, and only one of them would have an effect",
+    ),
+    (
+        ("gsam", "wsam", "look_sam"),
+        "each make a descent of the clean and the perturbed gradient",
+    ),
+    (tuple(_ASCEND_WHEN), "each say which steps ascend"),
+    (("momentum_sam", "one_pass_vasso"), "each have a direction of their own"),
+)
+# Whose ascents take no gradient of the batch, and what acts on one.
+_TAKE_NONE = ("momentum_sam", "one_pass_vasso")
+_NEED_ONE = ("rw_sam", "vasso", "friendly_sam", "m_sam", "look_sam")
 
 
 def parts(method: str) -> list[str]:
     """The names that a method is a sum of.
 
     Raises:
-      ValueError: if one is unknown or there twice, or the base alone is among others,
-        or two scale to a radius or make the descent.
+      ValueError: if one is unknown or there twice, the base alone is among others, or
+        two of them do not go together.
     """
     names = method.split("+")
     for name in names:
@@ -142,20 +191,23 @@ def parts(method: str) -> list[str]:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"method {method!r} has a name twice; leave one out.")
-    if {"sam", "asam"} <= set(names):
-        raise ValueError(
-            f"method {method!r}: sam and asam each scale the ascent to a radius, and "
-            "only one of them would have an effect; leave one out."
-        )
-    if _DESCENTS.keys() <= set(names):
-        raise ValueError(
-            f"method {method!r}: {' and '.join(_DESCENTS)} each make a descent of the "
-            "clean and the perturbed gradient; leave one out."
-        )
     if "sgd" in names and len(names) > 1:
         raise ValueError(
             f"method {method!r}: sgd has no ascent that others could be added to; "
             "leave it out."
+        )
+    for group, reason in _ONE_OF:
+        found = [name for name in group if name in names]
+        if len(found) > 1:
+            raise ValueError(
+                f"method {method!r}: {' and '.join(found)} {reason}; leave one out."
+            )
+    without = [name for name in _TAKE_NONE if name in names]
+    needing = [name for name in _NEED_ONE if name in names]
+    if without and needing:
+        raise ValueError(
+            f"method {method!r}: the ascent of {without[0]} takes no gradient of the "
+            f"batch, and so {needing[0]} has nothing to act on; leave one out."
         )
     return names
 
@@ -186,22 +238,30 @@ def make_ascent(
         return None
     mask = optax_sam.select_layers(*perturb)
     static = [optax_sam.perturb_only(mask)] if perturb else []
-    try:
+    with _naming(method):
         links = _links(names, {**values, "key": key, "decay_steps": num_steps})
-    except ValueError as error:
-        raise ValueError(f"{method}: {error}") from None
     ascent: optax.GradientTransformation = optax.chain(*static, *links)
     return ascent
 
 
 def _links(names: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
     """The links of the ascents of these names, in the order of a chain."""
-    radius: Callable[..., Any] = optax_sam.scale_to_radius
-    if "asam" in names:
-        radius = optax_sam.adapt_to_scale
-    before = [link for name, link in _BEFORE.items() if name in names]
-    after = [link for name, link in _AFTER.items() if name in names]
-    return [_call(link, known) for link in (*before, radius, *after)]
+    radius = _of(names, _RADII) or [optax_sam.scale_to_radius]
+    links = [*_of(names, _BEFORE), *radius, *_of(names, _AFTER)]
+    return [_call(link, known) for link in links]
+
+
+def _of(names: Sequence[str], by_name: Mapping[str, Any]) -> list[Any]:
+    return [value for name, value in by_name.items() if name in names]
+
+
+@contextmanager
+def _naming(method: str) -> Iterator[None]:
+    """Has errors of values begin with the method."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from None
 
 
 def _call(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:
@@ -215,20 +275,28 @@ def sharpen(
     base: optax.GradientTransformation,
     ascent: optax.GradientTransformation | None,
     values: Mapping[str, Any],
+    micro_batches_at_once: int | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of an ascent and of values such as the micro-batch size."""
+    """The optimizer of an ascent and of values such as the micro-batch size.
+
+    By default micro-batches are side by side, since loops over convolutions are slow on
+    the CPU.
+
+    Raises:
+      ValueError: if a hyperparameter is out of range.
+    """
     if ascent is None:
         return base
     names = parts(method)
-    descents = [
-        _call(link, values) for name, link in _DESCENTS.items() if name in names
-    ]
-    # Side by side, since loops over convolutions are slow on the CPU.
+    with _naming(method):
+        descents = [_call(link, values) for link in _of(names, _DESCENTS)]
+        whens = [_call(when, values) for when in _of(names, _ASCEND_WHEN)]
     tx: optax.GradientTransformation = optax_sam.sharpness_aware(
         optax.chain(*descents, base) if descents else base,
         ascent,
+        ascend_when=whens[0] if whens else None,
         micro_batch_size=values.get("micro_batch_size"),
-        micro_batches_at_once=None,
+        micro_batches_at_once=micro_batches_at_once,
     )
     return tx
 
@@ -261,8 +329,7 @@ def hyperparameters(
     """The hyperparameters of each method: its defaults, changed by assignments.
 
     Of a combination they are those of all its parts. Where these differ the last part
-    counts, but m_sam after that, whose rho is smaller, and at last asam, whose rho is
-    of another size.
+    counts, but after that one whose rho is of another size than SAM's, such as m_sam.
 
     Args:
       methods: names out of `METHODS`, or some joined by +.
@@ -276,9 +343,7 @@ def hyperparameters(
     """
     chosen = {}
     for method in methods:
-        names = sorted(
-            parts(method), key=lambda name: (name == "asam", name == "m_sam")
-        )
+        names = sorted(parts(method), key=_rank)
         chosen[method] = {
             key: value
             for name in names
@@ -290,6 +355,10 @@ def hyperparameters(
         if re.fullmatch(_N_M, values.get("pattern", "")):
             _fix_sparsity(method, values, assignments)
     return chosen
+
+
+def _rank(name: str) -> int:
+    return _OF_OTHER_SIZE.index(name) if name in _OF_OTHER_SIZE else -1
 
 
 def _fix_sparsity(
@@ -347,7 +416,13 @@ def _assign(chosen: dict[str, dict[str, Any]], assignment: str) -> None:
             ) from None
 
 
-_KINDS = {float: "number", int: "whole number", bool: "True or False"}
+_KINDS = {
+    float: "number",
+    int: "whole number",
+    bool: "True or False",
+    type(None): "whole number or None",
+}
 _READ: Mapping[type, Callable[[str], Any]] = {
-    bool: {"True": True, "False": False}.__getitem__
+    bool: {"True": True, "False": False}.__getitem__,
+    type(None): lambda text: None if text == "None" else int(text),
 }
