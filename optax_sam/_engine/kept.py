@@ -91,11 +91,14 @@ def check_kept(
 ) -> None:
     """Lets the links of an ascent look for what they need the base to keep.
 
-    They may also look at what it keeps of gradients that are one, `tried()`.
+    They may also look at what it keeps of gradients that are one, `tried()`. Not where
+    there are no parameters, as in `optax.tree.map_params`.
     """
 
     def needs(node: Any) -> bool:
         return hasattr(node, "check_base")
 
+    if not jax.tree.leaves(params):
+        return
     for link in filter(needs, jax.tree.leaves(ascent_state, is_leaf=needs)):
         link.check_base(owner, base_state, params, tried)

@@ -55,6 +55,7 @@ def test_defaults_are_those_of_the_data_set_and_the_method():
         values = config.default_hyperparameters(sam, steps_per_epoch=351)
         assert values["vasso"]["rho"] == rho
         assert values["sparse_sam"]["refresh_every"] == 351
+        assert values["between"]["first"] == 100 * 351
         sgd = parse(["--dataset", dataset, "--method", "sgd"])
         assert sgd.weight_decay == 5e-4
     imagenet = parse(["--dataset=imagenet"])
@@ -127,6 +128,30 @@ BAD_OPTIONS = {
     "twice": (["--method", "sam+sam"], "has a name twice"),
     "two radii": (["--method", "sam+asam"], "only one of them would have an effect"),
     "two descents": (["--method", "gsam+wsam"], "gsam and wsam each make a descent"),
+    "a radius of its own": (
+        ["--method", "asam+momentum_sam"],
+        "asam and momentum_sam each scale the ascent to a radius",
+    ),
+    "two conditions": (
+        ["--method", "look_sam+every"],
+        "look_sam and every each say which steps ascend",
+    ),
+    "no gradient": (
+        ["--method", "momentum_sam+vasso"],
+        "the ascent of momentum_sam takes no gradient of the batch, and so vasso has",
+    ),
+    "period": (
+        ["--method", "every", "--hyperparameters", "k=0"],
+        "every: every: k = 0 is out of range",
+    ),
+    "last": (
+        ["--method", "between", "--hyperparameters", "last=late"],
+        "'last=late' has no whole number or None after '='",
+    ),
+    "no momentum": (
+        [*TINY, "--method", "momentum_sam", "--base", "rmsprop"],
+        "pass a base with momentum",
+    ),
     "base among": (["--method", "sgd+sam"], "sgd has no ascent"),
     "width": (["--width", "0"], "--width must be at least 1, got 0"),
     "stages": (["--stages", "1", "0"], "--stages must be"),
@@ -220,6 +245,7 @@ def test_metrics_have_what_the_ascent_does(measured):
     for row in rows[1:]:
         clean, perturbed = float(row["clean_loss"]), float(row["perturbed_loss"])
         assert float(row["gap"]) == pytest.approx(perturbed - clean, abs=1e-5)
+        assert 0 < float(row["train_gap"]) < 1
         assert 0 < float(row["perturbation_norm"]) <= 0.1
         assert float(row["mask_density"]) == pytest.approx(0.25, abs=1 / 398)
         assert 1 < float(row["effective_sample_size"]) < 63
@@ -264,6 +290,7 @@ def test_tensorboard_reads_the_metrics(measured):
     )
     assert scalars["epochs/gap"].keys() == {32, 48}
     assert scalars["steps/train_loss"].keys() == {16, 32, 48}
+    assert scalars["steps/train_gap"].keys() == {16, 32, 48}
 
 
 @pytest.mark.full

@@ -16,8 +16,9 @@ from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
 from sam_examples.settings.optimizers import momentum_sgd
 from sam_examples.training.epochs import draw_epoch, shuffled_batches
 from sam_examples.training.evaluation import make_evaluate
-from sam_examples.training.run import steps_per_call
+from sam_examples.training.run import call_means, steps_per_call
 from sam_examples.training.step import (
+    find_gap,
     make_init,
     make_loss_fn,
     make_prepare,
@@ -135,7 +136,7 @@ def test_every_method_learns(method):
     dataset = make_dataset()
     base = momentum_sgd(0.05, 60, 0.0)
     # The defaults are for a larger model and larger batches.
-    small = {"rho": 0.05, "micro_batch_size": 4}
+    small = {"rho": 0.05, "micro_batch_size": 4, "every": 2}
     values = hyperparameters([method])[method]
     tx = make_tx(method, base, {k: small.get(k, v) for k, v in values.items()}, 60)
     indices = jnp.concatenate(
@@ -146,6 +147,28 @@ def test_every_method_learns(method):
     assert (
         evaluate(after, dataset.test).loss < evaluate(before, dataset.test).loss - 0.2
     )
+
+
+def test_the_gap_is_that_of_the_steps_that_ascend():
+    # Parameters do not move, and so the steps are the same but for the ascents.
+    indices = jnp.arange(16).reshape(4, 4)
+    sam = optax_sam.sam(NO_MOVE, 0.5)
+    _, state, of_sam = train(MODEL, sam, indices[::2])
+    some = make_tx("every", NO_MOVE, {"rho": 0.5, "k": 2}, 4)
+    _, _, of_some = train(MODEL, some, indices)
+    assert of_some.gap == pytest.approx(float(of_sam.gap), rel=1e-4)
+    gap = find_gap(state.opt_state)
+    assert gap == state.opt_state.perturbed_loss - state.opt_state.clean_loss > 0
+    one_pass = state.opt_state._replace(perturbed_loss=state.opt_state.clean_loss)
+    assert np.isnan(find_gap(one_pass))
+    assert find_gap(NO_MOVE.init(state.params)) is None
+
+
+def test_a_call_without_a_gap_does_not_count_for_that_of_an_epoch():
+    calls = [[1.0, 0.5, float("nan")], [3.0, 0.75, 0.25]]
+    assert call_means(calls) == {"loss": 2, "accuracy": 0.625, "gap": 0.25}
+    assert call_means(calls[:1]) == {"loss": 1, "accuracy": 0.5}
+    assert call_means([[1.0, 0.5]]) == {"loss": 1, "accuracy": 0.5}
 
 
 @pytest.mark.full
@@ -164,6 +187,7 @@ def test_perturbations_come_from_the_ascent_loss_and_updates_do_not():
     assert_trees(close, unperturbed.batch_stats, sgd.batch_stats)
     assert optax.tree.norm(optax.tree.sub(sam.params, sgd.params)) > 1e-3
     assert metrics.loss == 0
+    assert metrics.gap is None  # The two losses are not of the same.
 
 
 @pytest.mark.full
@@ -350,12 +374,14 @@ def test_hyperparameters_are_defaults_then_assignments():
 
 
 def test_micro_batches_have_a_smaller_radius_than_the_batch():
-    values = hyperparameters(["sam", "m_sam", "m_sam+vasso", "m_sam+asam", "asam"])
+    methods = ["sam", "m_sam", "m_sam+vasso", "m_sam+asam", "asam"]
+    values = hyperparameters([*methods, "look_sam", "look_sam+vasso"])
     rho = {method: of_method["rho"] for method, of_method in values.items()}
     share = values["m_sam"]["micro_batch_size"] / NoisyDigits.batch_size
     assert rho["m_sam"] == rho["sam"] * share**0.5
     assert rho["m_sam+vasso"] == rho["m_sam"]
     assert rho["m_sam+asam"] == rho["asam"]
+    assert rho["look_sam+vasso"] == rho["look_sam"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ class MetricsWriter:
     """Writes the metrics of a run into its directory, in files that grow as it goes.
 
     metrics.csv has a line for each epoch; where one was not measured, its field is
-    empty. The files of TensorBoard have the same, and the loss of every few steps.
+    empty. The files of TensorBoard have the same, and means over every few steps.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class MetricsWriter:
         """Closes the files."""
         self._board.close()
 
-    def write_steps(self, step: int, loss: float, accuracy: float) -> None:
-        """Writes means over some steps, of which `step` is the last."""
-        self._board.add_scalar("steps/train_loss", loss, step)
-        self._board.add_scalar("steps/train_accuracy", accuracy, step)
+    def write_steps(self, step: int, means: Mapping[str, float]) -> None:
+        """Writes means over some steps, by name, of which `step` is the last."""
+        for name, mean in means.items():
+            self._board.add_scalar(f"steps/train_{name}", mean, step)
 
     def write_epoch(self, curves: Mapping[str, Sequence[float | None]]) -> None:
         """Writes the last epoch of some curves, by name, of which one is `step`."""

@@ -169,13 +169,14 @@ def suitable(dataset: str, method: str, base: str, model: str | None) -> Config:
 
 def default_hyperparameters(config: Config, steps_per_epoch: int) -> Hyperparameters:
     """What replaces the defaults of `METHODS`, which are those for the digits."""
-    of_dataset: dict[str, dict[str, Any]] = {}
+    of_dataset: dict[str, dict[str, Any]] = {"between": {}}
     if config.dataset != "digits":
         rho = {"cifar10": 1.0, "cifar100": 2.0, "imagenet": 0.5}[config.dataset]
         for method, values in CIFAR10_HYPERPARAMETERS.items():
             of_dataset[method] = {**values, "rho": rho * values["rho"]}
             if "refresh_every" in METHODS[method]:
                 of_dataset[method]["refresh_every"] = steps_per_epoch
+    of_dataset["between"]["first"] = config.epochs * steps_per_epoch // 2
     return of_dataset
 
 

@@ -98,7 +98,7 @@ METHODS: Hyperparameters = {
     "one_pass_vasso": {"rho": 0.7, "theta": 0.4},
     "look_sam": {"rho": 0.125, "every": 5, "alpha": 0.7},
     "every": {"rho": 1.0, "k": 2},
-    # From the middle of compare.py's training to its end.
+    # From the middle of a training of 40 epochs to its end.
     "between": {"rho": 0.5, "first": 320, "last": None},
 }
 

@@ -54,7 +54,8 @@ def make_evaluate(
             lambda chunk: evaluate_batch(params, batch_stats, *chunk),
             (split.take(jnp.minimum(index, num_examples - 1)), weights),
         )
-        return Metrics(*(jnp.sum(x) / num_examples for x in sums))
+        means: Metrics = jax.tree.map(lambda x: jnp.sum(x) / num_examples, sums)
+        return means
 
     compiled: Any = jax.jit(evaluate)
     return lambda state, split: compiled(state.params, state.batch_stats, split)

@@ -120,20 +120,21 @@ class Run:
         """Waits for the last call, and reports it."""
         if self._pending is None:
             return
-        (loss, accuracy), step, size = self._pending
+        metrics, step, size = self._pending
         self._pending = None
-        self._calls.append([float(loss), float(accuracy)])
+        self._calls.append([float(x) for x in metrics if x is not None])
         now = time.perf_counter()
         if self._clock is not None:
             self.step_seconds.append((now - self._clock) / size)
             del self.step_seconds[:-MOST_TIMES]
         self._clock = now
-        figures = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.3f}"}
+        means = call_means(self._calls[-1:])
+        figures = {name: f"{mean:.3f}" for name, mean in means.items()}
         if self.step_seconds:
             figures["images/s"] = f"{self.images_per_second:,.0f}"
         bar.set_postfix(figures, refresh=False)
         bar.update(size)
-        writer.write_steps(step, *self._calls[-1])
+        writer.write_steps(step, means)
 
     @property
     def images_per_second(self) -> float:
@@ -155,15 +156,14 @@ class Run:
 
     def end_epoch(self) -> None:
         """Evaluates, measures the ascent if it is time to, and adds to the curves."""
-        loss, accuracy = np.mean(self._calls, axis=0).tolist()
+        means = call_means(self._calls)
         valid_loss, valid_accuracy = None, None
         if len(self._dataset.valid.labels):
             valid_loss, valid_accuracy = self.trainer.evaluate(self._dataset.valid)
         row: dict[str, float | None] = {
             "step": self.steps,
             "learning_rate": float(self._optimizer.learning_rate(self.steps - 1)),
-            "train_loss": loss,
-            "train_accuracy": accuracy,
+            **{f"train_{name}": mean for name, mean in means.items()},
             "valid_loss": valid_loss,
             "valid_accuracy": valid_accuracy,
         }
@@ -205,6 +205,15 @@ class Run:
         self.step_seconds = progress.step_seconds
         self._data = progress.data
         self._batches.set_state(progress.data)
+
+
+def call_means(calls: list[list[float]]) -> dict[str, float]:
+    """The figures of some calls by name; the gap only over those that have one."""
+    loss, accuracy, *gap = np.array(calls).T
+    means = {"loss": np.mean(loss), "accuracy": np.mean(accuracy)}
+    if gap and not np.isnan(gap).all():
+        means["gap"] = np.nanmean(gap)
+    return {name: float(mean) for name, mean in means.items()}
 
 
 def training_settings(

@@ -3,8 +3,8 @@
 Nothing here depends on the method; `optax_sam.value_and_update` makes the step of any
 Optax optimizer. The loss keeps to what sharpness-aware methods ask of it: it returns
 the losses of the examples, the running statistics of batch normalisation are auxiliary
-and hence those of the clean pass, and the dropout key is an argument and hence the same
-in both passes.
+and hence those of the clean pass (of the perturbed one, if that is the only one), and
+the dropout key is an argument and hence the same in both passes.
 """
 
 from collections.abc import Callable
@@ -40,10 +40,14 @@ class Metrics(NamedTuple):
     Attributes:
       loss: the cross-entropy.
       accuracy: the share of correct predictions.
+      gap: how much higher the cross-entropy is at the perturbed parameters, over steps
+        that make both passes; NaN if none does. None where the two are not of the same
+        examples and layers, or there is no ascent.
     """
 
     loss: jax.Array
     accuracy: jax.Array
+    gap: jax.Array | None = None
 
 
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]
@@ -133,6 +137,7 @@ def make_step(
       batch_sharding: how each batch is shared among devices, where state and batch are
         on more than one.
     """
+    same_loss = ascent_loss_fn is None
     step_fn = optax_sam.value_and_update(
         make_loss_fn(model),
         tx,
@@ -152,9 +157,24 @@ def make_step(
             state.params, state.opt_state, batch, state.batch_stats, dropout_key
         )
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state), Metrics(loss, accuracy)
+        metrics = Metrics(loss, accuracy, find_gap(opt_state) if same_loss else None)
+        return TrainState(params, batch_stats, opt_state), metrics
 
     return step
+
+
+def find_gap(opt_state: Any) -> jax.Array | None:
+    """The gap of `Metrics` in a step's new state, which knows both losses anyway.
+
+    They are equal in a step that made one pass.
+    """
+    clean, perturbed = (
+        optax.tree.get(opt_state, name) for name in ("clean_loss", "perturbed_loss")
+    )
+    if clean is None:
+        return None
+    gap: jax.Array = jnp.where(perturbed == clean, jnp.nan, perturbed - clean)
+    return gap
 
 
 def make_prepare(dataset: Dataset, augmented: bool = False) -> Prepare:
@@ -190,6 +210,9 @@ def make_train_steps(step: Step, **jit_options: Any) -> Any:
         state, metrics = jax.lax.scan(
             lambda state, inputs: step(state, *inputs), state, (batches, keys)
         )
-        return state, jax.tree.map(jnp.mean, metrics)
+        means = jax.tree.map(jnp.mean, metrics)
+        if metrics.gap is not None:
+            means = means._replace(gap=jnp.nanmean(metrics.gap))
+        return state, means
 
     return jax.jit(train_steps, donate_argnums=0, **jit_options)

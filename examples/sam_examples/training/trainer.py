@@ -123,7 +123,7 @@ class Trainer:
             batch = jax.tree.map(lambda x: x[0], stacked)  # One batch in each call.
             inputs = self._place(batch, AXIS)
             sums = self._evaluate(state.params, state.batch_stats, *inputs)
-            total = [a + float(b) for a, b in zip(total, sums, strict=True)]
+            total = [total[0] + float(sums.loss), total[1] + float(sums.accuracy)]
         batches.close()
         loss, accuracy = (x / len(split.labels) for x in total)
         return loss, accuracy
@@ -186,11 +186,11 @@ def make_measure(
 
     def measure(state: TrainState, batches: Split, keys: jax.Array) -> Any:
         batch, dropout_key = prepare(batches.take(-1), keys[-1])
-        ascent_state, size = state.opt_state.ascent_state, optimizer.micro_batch_size
+        size = optimizer.micro_batch_size
 
         def of_part(part: Split) -> Any:
             return of_batch(
-                state.params, ascent_state, part, state.batch_stats, dropout_key
+                state.params, state.opt_state, part, state.batch_stats, dropout_key
             )
 
         if size is None:
