@@ -39,8 +39,9 @@ def kept_by_base(
     """
     if base_state is None:
         raise ValueError(
-            f"{owner}: the state of the base is missing; make it a part of the ascent, "
-            "sharpness_aware(base, ascent), and pass the whole state to diagnostics."
+            f"{owner}: base_state, the state of the base, is missing; make the link a "
+            "part of the ascent, sharpness_aware(base, link), and pass the whole state "
+            "to diagnostics."
         )
     kept = [
         tree

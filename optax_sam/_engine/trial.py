@@ -43,6 +43,7 @@ def check_directions(
     """
     _check_is_plain(owner, "ascent", state.ascent_state)
     _check_is_plain(owner, "base", state.base_state)
+    _check_has_no_descent(owner, state.ascent_state)
     if not _is_known(state.ascent_state):
         _check_ascent(owner, *_tried(ascent, state.ascent_state, params))
     if _found(_is_of_an_ascent, state.base_state):
@@ -59,6 +60,17 @@ def _check_is_plain(owner: str, name: str, state: optax.OptState) -> None:
             type(found).__name__,
             "pass the optimizer that is in it as base, and "
             "optax_sam.scale_to_radius(rho) as ascent, which optax_sam.sam does",
+        )
+
+
+def _check_has_no_descent(owner: str, state: optax.OptState) -> None:
+    """Refuses in an ascent what is a link of the base."""
+    for found in _found(lambda x: getattr(x, "descends", False), state):
+        refuse(
+            owner,
+            "ascent must have no link of the base, as its state says",
+            type(found).__name__,
+            "put it first in the base, sharpness_aware(optax.chain(link, sgd), ascent)",
         )
 
 

@@ -166,3 +166,18 @@ def test_an_ascent_as_the_base_is_refused(base):
 )
 def test_a_base_that_descends_by_links_of_ascents_is_not(base):
     optax_sam.sam(base, 0.1).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        optax_sam.keep_average(0.4),
+        optax_sam.reuse_ascent(0.7),
+        optax_sam.gap_descent(0.1),
+    ],
+)
+def test_a_link_of_the_base_in_the_ascent_is_refused(link):
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1), optax.chain(link, RADIUS))
+    message = r"^sharpness_aware: ascent must have no link of the base.*State.*; put it"
+    with pytest.raises(ValueError, match=message):
+        tx.init(PARAMS)
