@@ -99,7 +99,7 @@ METHODS: Hyperparameters = {
     "look_sam": {"rho": 0.125, "every": 5, "alpha": 0.7},
     "every": {"rho": 1.0, "k": 2},
     # From the middle of a training of 40 epochs to its end.
-    "between": {"rho": 0.5, "first": 320, "last": None},
+    "between": {"rho": 1.0, "first": 320, "last": None},
 }
 
 # The papers' values on CIFAR-10, where they differ from those for the noisy digits; of
@@ -122,7 +122,7 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "between": {"rho": 0.1},
 }
 # Names whose rho is of another size than SAM's.
-_OF_OTHER_SIZE = ("every", "m_sam", "look_sam", "asam", "momentum_sam")
+_OF_OTHER_SIZE = ("every", "between", "m_sam", "look_sam", "asam", "momentum_sam")
 
 
 def _every(*, every: int) -> Callable[[Any], Any]:
