@@ -29,6 +29,15 @@ TESTED = {
     },
     "docs/diagnostics.md": {"Diagnostics"},
     "docs/numbers-and-costs.md": {"Choosing `strength`"},
+    "docs/price-of-sgd.md": {
+        "One gradient a step",
+        "Warming up",
+        "With masks",
+        "Ascending in some steps only",
+        "LookSAM with another ascent",
+        "The gap, for nothing",
+        "An ascent of your own",
+    },
     "docs/recipes.md": {
         "Recipes",
         "Hyperparameters that change",
@@ -47,6 +56,7 @@ TESTED = {
     },
 }
 README = documents.python("README.md")
+PRICE = documents.python("docs/price-of-sgd.md")
 RECIPES = documents.python("docs/recipes.md")
 
 
@@ -317,6 +327,60 @@ def test_cheaper_steps():
     assert quarter.shape == (16,)
     np.testing.assert_allclose(value, quarter.mean(), rtol=1e-5)
     assert problems.norm(updates) > 0
+
+
+def price_of(heading):
+    scope = {"jax": jax, "optax": optax, "optax_sam": optax_sam, **problem_in_layers()}
+    exec(PRICE[heading], scope)
+    return scope
+
+
+def losses_of_steps(heading, steps=3):
+    """The two losses of each step of an optimizer of the page, and its last state."""
+    scope = price_of(heading)
+    tx, params = scope["tx"], scope["params"]
+    step = jax.jit(optax_sam.value_and_update(scope["loss_fn"], tx))
+    opt_state, seen = tx.init(params), []
+    for _ in range(steps):
+        value, updates, opt_state = step(params, opt_state, scope["batch"])
+        params = optax.apply_updates(params, updates)
+        seen.append((float(value), float(opt_state.perturbed_loss)))
+    return np.array(seen), opt_state
+
+
+def problem_in_layers():
+    params = {"layers_0": jnp.array([1.0, -2.0]), "layers_1": jnp.array([0.5])}
+
+    def loss_fn(params, batch):
+        return (batch @ params["layers_0"] * params["layers_1"] - 1) ** 2
+
+    return {"params": params, "loss_fn": loss_fn, "batch": jnp.eye(4)[:, :2] + 1}
+
+
+@pytest.mark.parametrize(
+    "heading",
+    ["One gradient a step", "Warming up", "With masks", "An ascent of your own"],
+)
+def test_steps_of_one_gradient_report_its_loss(heading):
+    losses, opt_state = losses_of_steps(heading)
+    np.testing.assert_array_equal(losses[:, 0], losses[:, 1])
+    assert optax.tree.get(opt_state, "clean_loss") == losses[-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("heading", "ascending"),
+    [
+        ("Ascending in some steps only", [False] * 6),
+        ("LookSAM with another ascent", [True] + 4 * [False] + [True]),
+    ],
+)
+def test_steps_that_ascend_have_a_gap(heading, ascending):
+    losses, _ = losses_of_steps(heading, steps=6)
+    np.testing.assert_array_equal(losses[:, 0] != losses[:, 1], ascending)
+
+
+def test_the_gap_is_in_the_state():
+    assert price_of("The gap, for nothing")["gap"] > 0
 
 
 def test_shard_map():
