@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from benchmarks import sparse_cost, step_cost, top_k
 from methods import defaults
@@ -31,8 +32,29 @@ def m_sam(size, at_once=1):
     )
 
 
+def ascending(when, *links):
+    """SAM, where links come first in the base, in some steps."""
+    radius = optax_sam.scale_to_radius(measure.RHO)
+    base = optax.chain(*links, measure.BASE)
+    return measure.engine(optax_sam.sharpness_aware(base, radius, ascend_when=when))
+
+
+# Each branch by itself, and both by a condition.
+WHEN = {"ascends": lambda count: True, "waits": lambda count: False}
+WHEN |= {"both": optax_sam.every(5)}
+LINKS = {"sam": (), "look_sam": (optax_sam.reuse_ascent(0.7),)}
+
 ROWS = {
     **step_cost.ROWS,
+    "momentum_sam": measure.engine(optax_sam.momentum_sam(measure.BASE, measure.RHO)),
+    "one_pass_vasso": measure.engine(
+        optax_sam.vasso(measure.BASE, measure.RHO, 0.4, one_pass=True)
+    ),
+    **{
+        f"{method} {name}": ascending(when, *links)
+        for method, links in LINKS.items()
+        for name, when in WHEN.items()
+    },
     **sparse_cost.make_steps(RESNET18.stage_sizes),
     "2 probes": sparse_cost.sparse_sam("probes", num_probes=2),
     "8 probes": sparse_cost.sparse_sam("probes", num_probes=8),
@@ -68,6 +90,33 @@ TWO_PASSES = ["sam", "asam", "vasso", "friendly_sam", "gsam", "wsam"]
 @pytest.mark.parametrize("method", defaults(TWO_PASSES, ["sam"]))
 def test_a_method_costs_two_passes_and_nothing_else(method):
     assert 1.99 < flops_over_sgd(f"optax_sam.{method}") < 2.005
+
+
+@pytest.mark.parametrize(
+    "method", defaults(["momentum_sam", "one_pass_vasso"], ["momentum_sam"])
+)
+def test_an_ascent_along_what_the_base_keeps_costs_no_pass(method):
+    assert 0.99 < flops_over_sgd(method) < 1.01
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", LINKS)
+def test_to_ascend_in_every_fifth_step_costs_a_fifth_of_a_pass(method):
+    ascends, waits = (
+        flops_over_sgd(f"{method} {name}") for name in ("ascends", "waits")
+    )
+    assert 1.99 < ascends < 2.01
+    assert 0.99 < waits < 1.01
+    assert (ascends + 4 * waits) / 5 < 1.21
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", LINKS)
+def test_a_condition_keeps_no_more_than_the_clean_gradient_beside(method):
+    ascends, waits, both = (cost(MANY_PARAMETERS, f"{method} {name}") for name in WHEN)
+    # Which both branches get: it stays until the new one is made.
+    dearer = max(ascends["temp_bytes"], waits["temp_bytes"])
+    assert both["temp_bytes"] < dearer + both["param_bytes"]
 
 
 def test_value_and_update_costs_the_base_nothing():
