@@ -44,8 +44,8 @@ def nnx_value_and_update(
     :func:`optax_sam.value_and_update`, of the parameters that the optimizer's `wrt`
     selects: all passes of a step start from what else the model and the arguments hold
     as it was before the step, so that they drop the same features. What the clean pass
-    makes of that is kept: batch statistics never see perturbed parameters, and random
-    streams advance once.
+    makes of that is kept (or the only one, of methods of one gradient): batch
+    statistics never see perturbed parameters, and random streams advance once.
 
     Args:
       loss_fn: `loss_fn(model, *args)` returns the losses of the examples, shape `[B]`,

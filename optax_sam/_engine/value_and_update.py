@@ -66,7 +66,8 @@ def value_and_update(
       tx: The optimizer.
       has_aux: Whether `loss_fn` returns auxiliary data. It comes from the clean pass
         only, so batch statistics never see perturbed parameters; with
-        `micro_batch_size` from those of the micro-batches, as their means.
+        `micro_batch_size` from those of the micro-batches, as their means. In a step of
+        one gradient, as of :func:`momentum_sam`, it comes from the perturbed pass.
       ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, so that the ascent
         may read a cheaper gradient: that of layers from :mod:`optax_sam.implicit`, or
         of a part of the batch. The perturbed pass remains that of `loss_fn`. It is
@@ -84,8 +85,8 @@ def value_and_update(
 
     Returns:
       A function `step(params, opt_state, *args) -> (value, updates, opt_state)`.
-      `value` is the clean mean loss, a scalar in float32 or wider, or the pair of it
-      and the auxiliary data. Pass `updates` to `optax.apply_updates`.
+      `value` is the mean loss of the same pass, a scalar in float32 or wider, or the
+      pair of it and the auxiliary data. Pass `updates` to `optax.apply_updates`.
 
     Raises:
       TypeError: If `loss_fn` is no function or `tx` no transformation; in the step, if

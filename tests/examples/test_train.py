@@ -179,11 +179,15 @@ BAD_OPTIONS = {
     "perturb": (["--perturb", "Conv"], "no parameter is in a layer 'Conv'; there are"),
     "no ascent": (
         ["--method", "sgd", "--perturb", "Conv_0"],
-        "--perturb, --implicit and --ascent-part need an ascent, got sgd",
+        "--perturb needs an ascent, got sgd",
     ),
     "no part": (
         ["--method", "sgd", "--ascent-part", "4"],
-        "--perturb, --implicit and --ascent-part need an ascent, got sgd",
+        "--implicit and --ascent-part need an ascent that takes a gradient, got sgd",
+    ),
+    "no gradient of a part": (
+        ["--method", "momentum_sam", "--ascent-part", "4"],
+        "need an ascent that takes a gradient, got momentum_sam",
     ),
     "sparsity": (
         ["--method=sparse_sam", "--hyperparameters", "sparsity=0.9", "pattern=2:4"],

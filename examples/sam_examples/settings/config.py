@@ -29,6 +29,7 @@ from sam_examples.settings.methods import (
     METHODS,
     Hyperparameters,
     parts,
+    takes_gradient,
 )
 
 
@@ -247,10 +248,11 @@ def check_without_data(config: Config) -> None:
     if config.resume and config.out is None:
         raise ValueError("--resume needs --out, the directory of the run.")
     if parts(config.method) == ["sgd"]:
-        asked = bool(config.perturb) or config.implicit is not None
+        require(not config.perturb, "--perturb needs an ascent", config.method)
+    if not takes_gradient(config.method):
         require(
-            not asked and config.ascent_part == 1,
-            "--perturb, --implicit and --ascent-part need an ascent",
+            config.implicit is None and config.ascent_part == 1,
+            "--implicit and --ascent-part need an ascent that takes a gradient",
             config.method,
         )
     require(

@@ -212,6 +212,11 @@ def parts(method: str) -> list[str]:
     return names
 
 
+def takes_gradient(method: str) -> bool:
+    """Whether a method has an ascent that reads the gradient of the batch."""
+    return not set(parts(method)).intersection(("sgd", *_TAKE_NONE))
+
+
 def make_ascent(
     method: str,
     values: Mapping[str, Any],
