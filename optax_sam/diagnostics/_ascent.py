@@ -71,18 +71,19 @@ def ascent_metrics(
       scoring_loss_fn: As for :func:`optax_sam.value_and_update`.
 
     Returns:
-      A function `measure(params, state, *args) -> AscentMetrics`, where `state` is that
-      of `sharpness_aware`, its part `ascent_state`, or `ascent.init(params)`; an ascent
-      along what the base keeps needs the first. `mask_density` counts the masks that
-      bring about this perturbation: leaves that :func:`optax_sam.perturb_only` drops
-      count nothing, and masks of bools that states keep under the name `mask` their
-      True share, several of them what all let through.
+      A function `measure(params, ascent_state, *args) -> AscentMetrics`, where
+      `ascent_state` is `opt_state.ascent_state` of `sharpness_aware`, or
+      `ascent.init(params)`; or it is all of `opt_state`, which an ascent along what the
+      base keeps needs. `mask_density` counts the masks that bring about this
+      perturbation: leaves that :func:`optax_sam.perturb_only` drops count nothing, and
+      masks of bools that states keep under the name `mask` their True share, several of
+      them what all let through.
 
     Raises:
       TypeError: If `loss_fn` is no function or `ascent` no transformation; in the
-        function, if `state` is that of another ascent.
+        function, if `ascent_state` is that of another ascent.
       ValueError: In the function, if the ascent is one along what the base keeps, and
-        `state` is not that of `sharpness_aware`.
+        `ascent_state` is not the state of `sharpness_aware`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_sam
@@ -99,9 +100,9 @@ def ascent_metrics(
     take = _ascent_step(loss_fn, ascent, has_aux, ascent_loss_fn, scoring_loss_fn)
 
     def measure(
-        params: optax.Params, state: optax.OptState, *args: Any
+        params: optax.Params, ascent_state: optax.OptState, *args: Any
     ) -> AscentMetrics:
-        step = take(params, state, *args)
+        step = take(params, ascent_state, *args)
         clean = step.losses
         if ascent_loss_fn is not None:
             clean = losses_of(params, *args)
@@ -113,7 +114,7 @@ def ascent_metrics(
             perturbed_loss=mean_loss(perturbed),
             gap=gap,
             perturbation_norm=_vector.norm(step.epsilon),
-            mask_density=_density(params, _parts(state)[0], step),
+            mask_density=_density(params, _parts(ascent_state)[0], step),
             effective_sample_size=_effective_sample_size(step, args),
         )
         return AscentMetrics(*(jnp.asarray(x, jnp.float32) for x in metrics))
@@ -143,7 +144,7 @@ def ascent_stability(
     loss_fn: Callable[..., Any],
     ascent: optax.GradientTransformation,
     params: optax.Params,
-    state: optax.OptState,
+    ascent_state: optax.OptState,
     batches: Any,
     *args: Any,
     has_aux: bool = False,
@@ -166,7 +167,8 @@ def ascent_stability(
       ascent: Any gradient transformation; its output is :math:`d_k`.
         `optax.identity()` is the gradient itself.
       params: Pytree of floating-point arrays of any shapes.
-      state: That of :func:`optax_sam.sharpness_aware`, or of the ascent alone.
+      ascent_state: State of the ascent, such as `opt_state.ascent_state`, or all of
+        `opt_state`.
       batches: The batches along the first axis of every array: `[K, B, ...]`, of at
         least two.
       *args: What else `loss_fn` takes.
@@ -204,7 +206,7 @@ def ascent_stability(
     take = _ascent_step(loss_fn, ascent, has_aux, ascent_loss_fn, scoring_loss_fn)
 
     def direction(batch: Any) -> chex.ArrayTree:
-        return _vector.widen(take(params, state, batch, *args).epsilon)
+        return _vector.widen(take(params, ascent_state, batch, *args).epsilon)
 
     def add(carry: Any, batch: Any) -> Any:
         count, mean, units, squares = carry
@@ -271,7 +273,7 @@ def _ascent_step(
         sizes = [len(jax.tree.leaves(tree)) for tree in (state, expected)]
         if type(state) is not type(expected) or sizes[0] != sizes[1]:
             raise TypeError(
-                f"state is not of this ascent: a {type(state).__name__} of "
+                f"ascent_state is not of this ascent: a {type(state).__name__} of "
                 f"{sizes[0]} arrays, where it has a {type(expected).__name__} of "
                 f"{sizes[1]}; pass the ascent that the optimizer was made with."
             )
