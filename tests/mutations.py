@@ -121,7 +121,7 @@ MUTANTS = [
     *mutants(
         "_engine/ascend.py",
         FINITE,
-        ("[g for g, r in pairs if r]", "leaves"),
+        ("[x for x, r in pairs if r and _is_floating(x)]", "leaves"),
         ("a = jnp.where(self._condition, a, b)", "pass"),
         ("Ascended(zero_unless(finite, epsilon), new", "Ascended(epsilon, new"),
         (
@@ -279,9 +279,9 @@ MUTANTS = [
         "_descents/look_sam.py",
         "tests/descents/test_look_sam.py",
         (*INCREMENT[:2],),
-        ("finite = trees.all_finite(updates)", "finite = True"),
+        ("when.either(jnp.isfinite(along)", "when.either(ascended"),
         ("jnp.where(is_part, d, 0)", "d"),
-        ("8 * rounding * jnp.abs(along)", "8 * rounding * along"),
+        ("jnp.abs(along)", "along"),
         ("jnp.asarray(x, u.dtype) - along * u", "jnp.asarray(x, u.dtype)"),
         ("alpha_at(state.count) * length", "alpha_at(state.count)"),
         ("p + length * d", "p - length * d"),

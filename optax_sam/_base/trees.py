@@ -124,6 +124,17 @@ def scale_to_norm(
       The scaled tree, in the default float type, which is float64 under
       `jax_enable_x64`. Zeros if all products are; not finite if `tree` is not.
     """
+    scaled, _ = scaling_to_norm(tree, norm, weights)
+    return scaled(tree)
+
+
+def scaling_to_norm(
+    tree: chex.ArrayTree, norm: chex.Numeric, weights: chex.ArrayTree | None = None
+) -> tuple[Callable[[chex.ArrayTree], chex.ArrayTree], jax.Array]:
+    """The function that scales a tree so, and the norm of the products before that.
+
+    In a branch, the tree can be scaled there by numbers found outside.
+    """
     tree = map_present(lambda x: jnp.asarray(x, float), tree)
     given = () if weights is None else (map_present(lambda _, w: w, tree, weights),)
     scales = _scales(*given)
@@ -143,9 +154,14 @@ def scale_to_norm(
         scale = share * smaller + (1 - share) * scale
         total = jnp.where(counts, its_total, total)
     # Fires where the tree is all zeros.
-    factor = norm / jnp.sqrt(jnp.where(total == 0, 1, total))
+    root = jnp.sqrt(jnp.where(total == 0, 1, total))
+    factor = norm / root
+
     # One after the other: the product of the two may overflow.
-    return map_present(lambda x: x * scale * factor, tree)
+    def scaled(tree: chex.ArrayTree) -> chex.ArrayTree:
+        return map_present(lambda x: jnp.asarray(x, float) * scale * factor, tree)
+
+    return scaled, jnp.where(total == 0, 0, root) / scale
 
 
 def _scales(*weights: Any) -> tuple[float, ...]:

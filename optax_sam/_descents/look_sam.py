@@ -154,20 +154,21 @@ def reuse_ascent(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraAr
         del params, extra_args
         protocol.require_of_base(owner, grad=grad, ascended=ascended)
 
-        def keep() -> tuple[jax.Array, chex.ArrayTree]:
-            new = trees.cast_like(_across(updates, grad), state.direction)
-            finite = trees.all_finite(updates)
-            new = jax.tree.map(
-                lambda a, b: jnp.where(finite, a, b), new, state.direction
-            )
-            return jnp.zeros([]), new
+        as_unit, length = trees.scaling_to_norm(grad, 1.0)
 
-        def reuse() -> tuple[jax.Array, chex.ArrayTree]:
-            length = trees.inner(grad, trees.scale_to_norm(grad, 1.0))
-            return jnp.asarray(alpha_at(state.count) * length, float), state.direction
+        def share_along() -> jax.Array:
+            return jnp.asarray(trees.inner(updates, as_unit(grad)), float)
 
-        cond: Any = jax.lax.cond
-        length, direction = cond(ascended, keep, reuse)
+        def across() -> chex.ArrayTree:
+            new = _across(updates, as_unit(grad), along)
+            return trees.cast_like(new, state.direction)
+
+        # Not finite if the perturbed gradient is not, and where there is none. Numbers
+        # come first, and then the array, which takes the place of the one before.
+        nothing = jnp.full([], jnp.nan)
+        along = when.either(ascended, share_along, lambda: nothing)
+        direction = when.either(jnp.isfinite(along), across, lambda: state.direction)
+        length = jnp.where(ascended, 0, alpha_at(state.count) * length)
 
         def descend(p: Any, d: jax.Array) -> jax.Array:
             moved: jax.Array = p + length * d
@@ -197,18 +198,14 @@ class ReuseAscentState(NamedTuple):
         return True
 
 
-def _across(p: optax.Updates, g: optax.Updates) -> chex.ArrayTree:
-    """The direction of the part of `p` across `g`, zeros if there is none.
+def _across(p: optax.Updates, unit: optax.Updates, along: jax.Array) -> chex.ArrayTree:
+    """The direction of the part of `p` across a direction, zeros if there is none.
 
     One as small as the rounding of `p` is none: its direction would be noise.
     """
-    unit = trees.scale_to_norm(g, 1.0)
-    along = trees.inner(p, unit)
     across = jax.tree.map(lambda x, u: jnp.asarray(x, u.dtype) - along * u, p, unit)
-    direction = trees.scale_to_norm(across, 1.0)
+    to_unit, size = trees.scaling_to_norm(across, 1.0)
     finfo: Any = jnp.finfo  # Its constructor is not typed.
     sizes = [float(finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(p)]
-    rounding = max(sizes, default=0.0)
-    smallest = 8 * rounding * jnp.abs(along)
-    is_part = trees.inner(across, direction) > smallest
-    return jax.tree.map(lambda d: jnp.where(is_part, d, 0), direction)
+    is_part = size > 8 * max(sizes, default=0.0) * jnp.abs(along)
+    return jax.tree.map(lambda d: jnp.where(is_part, d, 0), to_unit(across))

@@ -67,29 +67,38 @@ class Ascent:
         """Traces it; the arguments are those of :func:`ascend`."""
         leaves, structure = jax.tree.flatten(gradient)
         clean = {name: arguments[name] for name in _CLEAN if name in arguments}
+        kept, kept_structure = jax.tree.flatten(arguments.get("base_state"))
         noted = _noting_calls(arguments)
 
         def update(
-            condition: jax.Array, leaves: list[jax.Array], clean: dict[str, Any]
+            condition: jax.Array,
+            leaves: list[jax.Array],
+            clean: dict[str, Any],
+            kept: list[jax.Array],
         ) -> tuple[optax.Updates, optax.OptState]:
-            advance = _Advance(condition)
+            given = arguments | noted | clean
+            given["base_state"] = jax.tree.unflatten(kept_structure, kept)
+            given["advance"] = advance = _Advance(condition)
+            given["is_gradient"] = _IsGradient(leaves)
             gradient = jax.tree.unflatten(structure, leaves)
-            is_gradient = _IsGradient(leaves)
-            given = {"advance": advance, "is_gradient": is_gradient}
-            given = arguments | noted | clean | given
             epsilon, new = ascent.update(gradient, state, params, **given)
             return epsilon, advance(new, state)
 
         trace: Any = jax.make_jaxpr(update, return_shape=True)
-        self._closed, self._shapes = trace(True, leaves, clean)
+        self._closed, self._shapes = trace(True, leaves, clean, kept)
         jaxpr = self._closed.jaxpr
         _check_no_leaf_is_raw(jaxpr.invars[1 : len(leaves) + 1], jaxpr, self._shapes[0])
-        _, *read = _read(jaxpr)
-        self._read = read[: len(leaves)]
-        self.reads_clean_pass = any(read) or any(n.called for n in noted.values())
-        pairs = zip(leaves, self._read, strict=True)
-        self._finite = trees.all_finite([g for g, r in pairs if r])
-        self._inputs = leaves, clean
+        read = iter(_read(jaxpr)[1:])
+        self._read, clean_read, kept_read = (
+            [next(read) for _ in jax.tree.leaves(x)] for x in (leaves, clean, kept)
+        )
+        called = any(n.called for n in noted.values())
+        self.reads_clean_pass = any(self._read + clean_read) or called
+        # Along what the base keeps, and no gradient of its own.
+        self._follows_base = any(kept_read) and not called
+        pairs = zip(leaves + kept, self._read + kept_read, strict=True)
+        self._finite = trees.all_finite([x for x, r in pairs if r and _is_floating(x)])
+        self._inputs = leaves, clean, kept
         self._state, self._advances = state, advances
 
     def __call__(self) -> Ascended:
@@ -128,11 +137,10 @@ class Ascent:
         moves: bool = True,
     ) -> tuple[jax.Array, optax.OptState]:
         """Whether a gradient of its own is finite too, if it has one, and its state."""
-        own = _own(self._read, epsilon)
+        own = [] if self._follows_base else _own(self._read, epsilon)
         if not own:
             return finite, new
-        numbers = jax.tree.leaves(new)
-        seen = [x for x in numbers if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+        seen = list(filter(_is_floating, jax.tree.leaves(new)))
         finite &= trees.all_finite(own + seen if moves else seen)
         if self._advances is None:
             new = _Advance(finite)(new, self._state)
@@ -228,6 +236,10 @@ def _own(read: list[bool], epsilon: optax.Updates) -> list[jax.Array]:
     """Where epsilon shows a gradient of the ascent's own; its state does then."""
     made = jax.tree.leaves(epsilon, is_leaf=trees.is_absent)
     return [e for e, r in zip(made, read, strict=True) if not (r or trees.is_absent(e))]
+
+
+def _is_floating(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
 
 
 def zero_unless(condition: jax.Array, epsilon: optax.Updates) -> optax.Updates:
