@@ -168,7 +168,7 @@ def reuse_ascent(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraAr
         nothing = jnp.full([], jnp.nan)
         along = when.either(ascended, share_along, lambda: nothing)
         direction = when.either(jnp.isfinite(along), across, lambda: state.direction)
-        length = jnp.where(ascended, 0, alpha_at(state.count) * length)
+        length = jnp.where(jnp.asarray(ascended), 0, alpha_at(state.count) * length)
 
         def descend(p: Any, d: jax.Array) -> jax.Array:
             moved: jax.Array = p + length * d

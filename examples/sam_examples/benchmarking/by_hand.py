@@ -17,6 +17,8 @@ from sam_examples.benchmarking.measure import Update
 Perturb = Callable[[Any, Any, Any], tuple[Any, Any]]
 # descend(perturbed gradient, clean gradient) -> what the base descends along
 Descend = Callable[[Any, Any], Any]
+# ascends(number of the step) -> whether it ascends, a bool if that is always the same
+Ascends = Callable[[jax.Array], Any]
 
 
 class State(NamedTuple):
@@ -105,6 +107,100 @@ def sam(rho: float) -> Perturb:
     return perturb
 
 
+def momentum_sam(
+    value_and_grad: Any, base: optax.GradientTransformation, rho: float
+) -> Update:
+    """The gradient further along the momentum of SGD, or Adam's, and no other."""
+
+    def update(params: Any, opt_state: Any, *args: Any) -> Any:
+        momentum = optax.tree.get(opt_state, "trace")
+        if momentum is None:
+            momentum = optax.tree.get(opt_state, "mu")
+        elsewhere, _ = sam(-rho)(params, momentum, ())
+        value, grads = value_and_grad(elsewhere, *args)
+        return value, *base.update(grads, opt_state, params)
+
+    return update
+
+
+def vasso_of_one_pass(
+    value_and_grad: Any, base: optax.GradientTransformation, rho: float, theta: float
+) -> Update:
+    """The gradient further along the average of those before, which then takes it."""
+
+    def update(params: Any, opt_state: State, *args: Any) -> Any:
+        elsewhere, _ = sam(rho)(params, opt_state.own.mean, ())
+        value, grads = value_and_grad(elsewhere, *args)
+        own = add_to_average(opt_state.own, grads, theta)
+        updates, base_state = base.update(grads, opt_state.base, params)
+        return value, updates, State(own, base_state)
+
+    return update
+
+
+def sam_in_some_steps(
+    value_and_grad: Any,
+    base: optax.GradientTransformation,
+    rho: float,
+    ascends: Ascends,
+) -> Update:
+    """SAM in some steps and the base in the others, which take one gradient."""
+
+    def update(params: Any, opt_state: State, *args: Any) -> Any:
+        value, clean = value_and_grad(params, *args)
+
+        def ascend() -> Any:
+            elsewhere, _ = sam(rho)(params, clean, ())
+            return value_and_grad(elsewhere, *args)[1]
+
+        grads = either(ascends(opt_state.own), ascend, lambda: clean)
+        updates, base_state = base.update(grads, opt_state.base, params)
+        return value, updates, State(opt_state.own + 1, base_state)
+
+    return update
+
+
+def look_sam(
+    value_and_grad: Any,
+    base: optax.GradientTransformation,
+    rho: float,
+    alpha: float,
+    ascends: Ascends,
+) -> Update:
+    """SAM in some steps; the others add what it has changed across the gradient."""
+
+    def update(params: Any, opt_state: State, *args: Any) -> Any:
+        value, clean = value_and_grad(params, *args)
+        count, kept = opt_state.own
+
+        def ascend() -> tuple[Any, Any]:
+            elsewhere, _ = sam(rho)(params, clean, ())
+            _, perturbed = value_and_grad(elsewhere, *args)
+            share = optax.tree.vdot(clean, perturbed)
+            share /= optax.tree.norm(clean, squared=True) + 1e-12
+            across = jax.tree.map(lambda p, g: p - share * g, perturbed, clean)
+            scale = 1 / (optax.tree.norm(across) + 1e-12)
+            return perturbed, jax.tree.map(lambda x: scale * x, across)
+
+        def reuse() -> tuple[Any, Any]:
+            length = alpha * optax.tree.norm(clean)
+            return jax.tree.map(lambda g, v: g + length * v, clean, kept), kept
+
+        grads, kept = either(ascends(count), ascend, reuse)
+        updates, base_state = base.update(grads, opt_state.base, params)
+        return value, updates, State((count + 1, kept), base_state)
+
+    return update
+
+
+def either(condition: Any, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """A branch of the program, or the only one where the condition is a bool."""
+    if isinstance(condition, bool):
+        return one() if condition else other()
+    cond: Any = jax.lax.cond
+    return cond(condition, one, other)
+
+
 def gap(alpha: float) -> Descend:
     """Takes from the perturbed gradient what of the clean one is across it."""
 
@@ -159,15 +255,19 @@ def init_average(params: Any) -> Average:
     return Average(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
 
+def add_to_average(own: Average, grads: Any, theta: float) -> Average:
+    """The moving average with one gradient more, of which the first is all there is."""
+    share = jnp.where(own.size == 0, 1.0, theta)
+    mean = jax.tree.map(lambda d, g: (1 - share) * d + share * g, own.mean, grads)
+    return Average(own.size + 1, mean)
+
+
 def vasso(rho: float, theta: float) -> Perturb:
     """Perturbs along a moving average, which begins with the first gradient."""
 
     def perturb(params: Any, grads: Any, own: Average) -> tuple[Any, Average]:
-        share = jnp.where(own.size == 0, 1.0, theta)
-        mean = jax.tree.map(lambda d, g: (1 - share) * d + share * g, own.mean, grads)
-        scale = rho / (optax.tree.norm(mean) + 1e-12)
-        elsewhere = jax.tree.map(lambda p, d: p + scale * d, params, mean)
-        return elsewhere, Average(own.size + 1, mean)
+        own = add_to_average(own, grads, theta)
+        return sam(rho)(params, own.mean, ())[0], own
 
     return perturb
 
@@ -176,12 +276,9 @@ def friendly_sam(rho: float, sigma: float, decay: float) -> Perturb:
     """Perturbs along the gradient less the average of those before."""
 
     def perturb(params: Any, grads: Any, own: Average) -> tuple[Any, Average]:
-        share = jnp.where(own.size == 0, 1.0, 1 - decay)
         rest = jax.tree.map(lambda m, g: g - sigma * m, own.mean, grads)
-        mean = jax.tree.map(lambda m, g: (1 - share) * m + share * g, own.mean, grads)
-        scale = rho / (optax.tree.norm(rest) + 1e-12)
-        elsewhere = jax.tree.map(lambda p, d: p + scale * d, params, rest)
-        return elsewhere, Average(own.size + 1, mean)
+        elsewhere, _ = sam(rho)(params, rest, ())
+        return elsewhere, add_to_average(own, grads, 1 - decay)
 
     return perturb
 

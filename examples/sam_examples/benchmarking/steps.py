@@ -16,6 +16,7 @@ Base: TypeAlias = optax.GradientTransformation
 BASE = "base"
 THETA, STRENGTH, SPARSITY = 0.4, 0.1, 0.5
 SIGMA, DECAY, ALPHA, GAMMA = 1.0, 0.9, 0.2, 0.8
+PERIOD, REUSED = 5, 0.7
 BETWEEN = 1  # Masks are made at the first step; at a count past it none is due.
 
 
@@ -150,6 +151,69 @@ def dynamic(case: Case, base: Base) -> Base:
     return tx
 
 
+def sam_in_some_steps_by_hand(ascends: by_hand.Ascends) -> Any:
+    """SAM in some steps, which counts them."""
+
+    def make(case: Case, base: Base) -> tuple[Base, Update]:
+        update = by_hand.sam_in_some_steps(value_and_grad(case), base, RHO, ascends)
+        return by_hand.with_state(base, lambda _: jnp.zeros([], jnp.int32)), update
+
+    return make
+
+
+def look_sam_by_hand(ascends: by_hand.Ascends) -> Any:
+    """LookSAM, which counts its steps and keeps a direction."""
+
+    def make(case: Case, base: Base) -> tuple[Base, Update]:
+        update = by_hand.look_sam(value_and_grad(case), base, RHO, REUSED, ascends)
+        tx = by_hand.with_state(
+            base, lambda params: tuple(by_hand.init_average(params))
+        )
+        return tx, update
+
+    return make
+
+
+def vasso_of_one_pass_by_hand(case: Case, base: Base) -> tuple[Base, Update]:
+    """VaSSO of one pass, with the average of the base's gradients."""
+    update = by_hand.vasso_of_one_pass(value_and_grad(case), base, RHO, THETA)
+    return by_hand.with_state(base, by_hand.init_average), update
+
+
+def sam_in_some_steps(ascends: by_hand.Ascends) -> Any:
+    """SAM in some steps and the base in the others."""
+    ascent = optax_sam.scale_to_radius(RHO)
+    return library(
+        lambda _, base: optax_sam.sharpness_aware(base, ascent, ascend_when=ascends)
+    )
+
+
+def look_sam(ascends: by_hand.Ascends) -> Any:
+    """LookSAM."""
+    return library(
+        lambda _, base: optax_sam.sharpness_aware(
+            optax.chain(optax_sam.reuse_ascent(REUSED), base),
+            optax_sam.scale_to_radius(RHO),
+            ascend_when=ascends,
+        )
+    )
+
+
+def in_some_steps(name: str, make_by_hand: Any, make: Any) -> dict[str, Method]:
+    """The rows of a method that ascends every few steps, and of each branch alone."""
+    branches: Mapping[str, by_hand.Ascends] = {
+        "": optax_sam.every(PERIOD),
+        "_ascending": lambda _: True,
+        "_skipping": lambda _: False,
+    }
+    rows = {}
+    for branch, ascends in branches.items():
+        other = f"{name}{branch}_by_hand"
+        rows[other] = Method(make_by_hand(ascends))
+        rows[f"{name}{branch}"] = Method(make(ascends), other)
+    return rows
+
+
 def nothing(params: Any) -> tuple[()]:
     """The state of a method by hand that keeps nothing."""
     return ()
@@ -173,6 +237,23 @@ METHODS: Mapping[str, Method] = {
         library(lambda _, base: optax_sam.vasso(base, RHO, theta=THETA)),
         "vasso_by_hand",
     ),
+    "momentum_sam_by_hand": Method(
+        lambda case, base: (
+            base,
+            by_hand.momentum_sam(value_and_grad(case), base, RHO),
+        )
+    ),
+    "momentum_sam": Method(
+        library(lambda _, base: optax_sam.momentum_sam(base, RHO)),
+        "momentum_sam_by_hand",
+    ),
+    "vasso_of_one_pass_by_hand": Method(vasso_of_one_pass_by_hand),
+    "vasso_of_one_pass": Method(
+        library(lambda _, base: optax_sam.vasso(base, RHO, THETA, one_pass=True)),
+        "vasso_of_one_pass_by_hand",
+    ),
+    **in_some_steps("every_5", sam_in_some_steps_by_hand, sam_in_some_steps),
+    **in_some_steps("look_sam_5", look_sam_by_hand, look_sam),
     "friendly_sam_by_hand": Method(
         perturbed(by_hand.friendly_sam(RHO, SIGMA, DECAY), by_hand.init_average)
     ),
