@@ -20,7 +20,8 @@ the order of this list:
 
 `gap_descent` (GSAM), `weighted_descent` (WSAM), `reuse_ascent` (LookSAM) and
 `keep_average` are first links of the base, for any ascent. `every` and `between` say
-when to ascend.
+when to ascend. A loss in two parts, by `functional_loss`, makes any of them Functional
+SAM.
 
 Masks for Sparse SAM come from a pattern, `unstructured`, `structured` or `n_m`, of
 scores such as `fisher_diagonal`.
@@ -68,6 +69,7 @@ from optax_sam._ascents.vasso import (
     suppress_variance,
     vasso,
 )
+from optax_sam._descents.functional_sam import functional_loss
 from optax_sam._descents.gsam import GapDescentState, gap_descent, gsam
 from optax_sam._descents.look_sam import ReuseAscentState, look_sam, reuse_ascent
 from optax_sam._descents.wsam import WeightedDescentState, weighted_descent, wsam
@@ -106,6 +108,7 @@ __all__ = [
     "follow_average",
     "follow_momentum",
     "friendly_sam",
+    "functional_loss",
     "gap_descent",
     "gsam",
     "keep_average",

@@ -40,13 +40,22 @@ def quadratic(dtype=jnp.float32) -> Problem:
     return Problem(params, quadratic_losses, batch)
 
 
-def perceptron_losses(params, batch):
-    x, labels = batch
+def perceptron_logits(params, batch):
+    x, _ = batch
     layers = len(params) // 2
     for i in range(layers):
         x = x @ params[f"w{i}"] + params[f"b{i}"][None]
         x = jnp.tanh(x) if i < layers - 1 else x
-    return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+    return x
+
+
+def cross_entropy(logits, batch):
+    _, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def perceptron_losses(params, batch):
+    return cross_entropy(perceptron_logits(params, batch), batch)
 
 
 def perceptron(dtype=jnp.float32, sizes=(6, 8, 8, 4), batch_size=16) -> Problem:

@@ -94,7 +94,7 @@ def trajectory(step, base):
     return np.stack(found)
 
 
-def replayed(tx):
+def replayed(tx, losses=losses):
     """The same of an optimizer, through `value_and_update`, in float64."""
     with jax.enable_x64(True):
         params = {"a": jnp.asarray(START[:3]), "b": jnp.asarray(START[3:])}

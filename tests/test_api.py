@@ -40,6 +40,7 @@ fisher_diagonal(loss_fn, params, batch, *, num_examples=None, chunk_size=4,
 follow_average()
 follow_momentum(rho)
 friendly_sam(base, rho, sigma=1.0, decay=0.9)
+functional_loss(output_fn, loss_fn, *, has_aux=False)
 gap_descent(alpha)
 gsam(base, rho, alpha)
 keep_average(theta, accumulator_dtype=None)

@@ -39,19 +39,27 @@ def clean_pass(losses: jax.Array, pullback: Pullback) -> CleanPass:
 def linearise(losses_fn: Any, params: optax.Params, has_aux: bool = False) -> Any:
     """The losses at `params`, and `weights -> gradient of sum(weights * losses)`.
 
-    With `has_aux`, auxiliary data come third. Of parameters that each device has for
-    itself, the gradients are its own, even if the losses are a mean over devices.
+    With `has_aux`, auxiliary data come third.
+    """
+    losses, vjp, *aux = differentiate(losses_fn, params, has_aux)
+    return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0], *aux
+
+
+def differentiate(fn: Any, params: Any, has_aux: bool = False) -> Any:
+    """As `jax.vjp`: what a function gives, its transposed derivative, auxiliary data.
+
+    Of parameters that each device has for itself, the derivative is its own, even if
+    the function takes a mean over devices.
     """
 
-    def own_losses(params: optax.Params) -> Any:
+    def own(params: Any) -> Any:
         if not has_aux:
-            return vary_like(losses_fn(params), params)
-        losses, aux = losses_fn(params)
-        return vary_like(losses, params), aux
+            return vary_like(fn(params), params)
+        found, aux = fn(params)
+        return vary_like(found, params), aux
 
-    differentiate: Any = jax.vjp  # Its type does not allow for either of two.
-    losses, vjp, *aux = differentiate(own_losses, params, has_aux=has_aux)
-    return losses, lambda weights: vjp(jnp.asarray(weights, losses.dtype))[0], *aux
+    vjp: Any = jax.vjp  # Its type does not allow for either of two.
+    return vjp(own, params, has_aux=has_aux)
 
 
 def mean_loss(losses: jax.Array) -> jax.Array:

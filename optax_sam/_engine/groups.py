@@ -37,6 +37,12 @@ class Group(NamedTuple):
     params: optax.Params
     arguments: dict[str, Any]
 
+    @property
+    def descends_by_clean_pass(self) -> bool:
+        """Whether the perturbed pass takes a derivative from the clean one."""
+        loss_fn = self.arguments.get("loss_fn")
+        return loss_fn is not None and loss_fn.of_outputs is not None
+
 
 class Passes(NamedTuple):
     """What the two passes of one group, or of all on average, have given.
@@ -117,7 +123,7 @@ class Examples:
         cls, params: optax.Params, arguments: Any, devices: Devices, averaged: bool
     ) -> "Examples":
         """The examples of an update, by what it is called with."""
-        pass_at = protocol.pass_function(**arguments)
+        pass_at = protocol.pass_function(devices.vary(params), **arguments)
         if not averaged:
             own = {name: arguments.get(name) for name in ("value", "grad")}
             arguments |= devices.mean(protocol.given(**own))
@@ -192,17 +198,16 @@ class Examples:
         own = {n: fn.of_group(number) for n, fn in named.items()}
         loss_fn = own["loss_fn"].of_group(None, size)
         clean_fn = own.get("ascent_loss_fn", loss_fn)
-        found, pullback, aux = losses.linearise(
-            lambda p: clean_fn.with_aux(p, batch),
-            self.devices.vary(self.params),
-            has_aux=True,
-        )
+        own_params = self.devices.vary(self.params)
+        found, pullback, aux, derivative = clean_fn.linearise(own_params, batch)
         clean = losses.clean_pass(found, pullback)
+        if clean_fn is loss_fn:
+            loss_fn = loss_fn.taking(derivative)
         # All parts score by the draws of the whole batch.
         scoring = {"scoring_loss_fn": named["loss_fn"]}
         group = self._alone(
             scoring | self.arguments | own | {"batch": batch} | clean._asdict(),
-            protocol.pass_function(loss_fn, batch),
+            protocol.pass_function(own_params, loss_fn, batch),
         )
         return group._replace(clean=group.clean._replace(found=(found, aux)))
 

@@ -250,14 +250,19 @@ def as_transformation(
 
 
 def pass_function(
-    loss_fn: Any = None, batch: Any = MISSING, grad_fn: Any = None, **others: Any
+    clean_params: optax.Params,
+    loss_fn: Any = None,
+    batch: Any = MISSING,
+    grad_fn: Any = None,
+    **others: Any,
 ) -> Callable[[optax.Params], Pass]:
-    """The function `params -> pass` that the extra arguments describe.
+    """The function `params -> perturbed pass` that the extra arguments describe.
 
     It is built like the clean pass of `value_and_update`, so that where parameters
     agree, gradients do, to the last bit.
 
     Args:
+      clean_params: The parameters of the clean pass, this device's.
       loss_fn: The :class:`BatchLoss` of `batch`, or None.
       batch: The batch for `loss_fn`, or `MISSING`.
       grad_fn: The gradient as a function of params, or None; wins over `loss_fn`.
@@ -267,12 +272,19 @@ def pass_function(
       A pass over the batch as a function of params.
 
     Raises:
-      ValueError: If neither `grad_fn` nor both `loss_fn` and `batch` are given.
+      ValueError: If neither `grad_fn` nor both `loss_fn` and `batch` are given, or
+        `grad_fn` beside a loss of outputs.
       TypeError: If one of them cannot be called as it has to be.
     """
     del others
     if grad_fn is not None:
         owner = called("sharpness_aware")
+        if loss_fn is not None and loss_fn.of_outputs is not None:
+            raise ValueError(
+                f"{owner}: grad_fn(params) gives a gradient without the derivative by "
+                "the outputs that loss_fn, in two parts, takes from the clean pass; "
+                "leave grad_fn out."
+            )
         given_fn = checked(owner, "grad_fn", grad_fn, "params")
 
         def given_pass(params: optax.Params) -> Pass:
@@ -283,11 +295,9 @@ def pass_function(
     require(called("sharpness_aware"), or_else, loss_fn=loss_fn, batch=batch)
 
     def mean_pass(params: optax.Params) -> Pass:
-        found, pullback, aux = losses.linearise(
-            lambda p: loss_fn.with_aux(p, batch), params, has_aux=True
-        )
-        clean = losses.clean_pass(found, pullback)
-        return Pass(clean.grad, clean.value, (found, aux))
+        found = loss_fn.after_clean(clean_params, batch).linearise(params, batch)
+        mean = losses.clean_pass(found.losses, found.pullback)
+        return Pass(mean.grad, mean.value, (found.losses, found.aux))
 
     return mean_pass
 

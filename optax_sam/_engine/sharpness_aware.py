@@ -309,7 +309,7 @@ def _passes(
         unperturbed = group.pass_at(params) if "ascent_loss_fn" in given else found
         return unperturbed.like(clean), new, finite
 
-    if ascend.reads_clean_pass:
+    if ascend.reads_clean_pass or group.descends_by_clean_pass:
         perturbed, new, finite = either(ascends, with_ascent, without)
         return Passes.of(clean, perturbed, new, finite, clean)
     # Then nobody need make the clean pass: the only one is reported in its place.

@@ -16,9 +16,9 @@ import optax
 
 from optax_sam._base.checks import called, calling, check_parameters, shown
 from optax_sam._base.devices import AxisName, Devices, axes_of, vary_like
-from optax_sam._base.losses import clean_pass, linearise, mean_loss
+from optax_sam._base.losses import clean_pass, mean_loss
 from optax_sam._engine import protocol
-from optax_sam._engine.batch_loss import BatchLoss
+from optax_sam._engine.batch_loss import BatchLoss, LossOfOutputs
 from optax_sam._engine.states import SharpnessAwareState, explain
 
 LossesAndAux: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -117,13 +117,13 @@ def value_and_update(
     owner = called("value_and_update")
     tx = protocol.as_transformation(owner, "tx", tx)
     devices = Devices(axis_name)
-    functions = {"loss_fn": _losses_and_aux("loss_fn", loss_fn, has_aux)}
+    functions = {"loss_fn": _parts("loss_fn", loss_fn, has_aux)}
     if ascent_loss_fn is not None:
         name = "ascent_loss_fn"
-        functions[name] = _losses_and_aux(name, ascent_loss_fn, has_aux)
+        functions[name] = _parts(name, ascent_loss_fn, has_aux)
     if scoring_loss_fn is not None:
         name = "scoring_loss_fn"
-        functions[name] = _losses_and_aux(name, scoring_loss_fn, has_aux=False)
+        functions[name] = _parts(name, scoring_loss_fn, has_aux=False)
 
     @calling(owner)
     def step(
@@ -135,11 +135,14 @@ def value_and_update(
         devices.check(owner)
         own_params = devices.vary(point)
         batch = args[0] if args else ()
-        of_batch = {name: BatchLoss(name, fn, args) for name, fn in functions.items()}
+        of_batch = {
+            name: BatchLoss(name, fn, args, of_outputs=of_outputs)
+            for name, (fn, of_outputs) in functions.items()
+        }
         clean_fn = of_batch.get("ascent_loss_fn", of_batch["loss_fn"])
-        losses, pullback, aux = linearise(
-            lambda p: clean_fn.with_aux(p, batch), own_params, has_aux=True
-        )
+        losses, pullback, aux, derivative = clean_fn.linearise(own_params, batch)
+        if clean_fn is of_batch["loss_fn"]:
+            of_batch["loss_fn"] = clean_fn.taking(derivative)
         _check_axes(losses, own_params)
         clean = clean_pass(losses, pullback)
         value, gradient = devices.mean((clean.value, clean.grad))
@@ -190,6 +193,16 @@ def _check_wrappers(opt_state: optax.OptState) -> None:
             if kind is optax.LookaheadState:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _parts(
+    name: str, fn: Any, has_aux: bool
+) -> tuple[LossesAndAux, Callable[..., Any] | None]:
+    """A loss as a function with auxiliary data, and that of its outputs, if any."""
+    if isinstance(fn, LossOfOutputs):
+        fn.check_aux(f"{called('value_and_update')}: {name}", has_aux)
+        return fn.outputs, fn.of_outputs
+    return _losses_and_aux(name, fn, has_aux), None
 
 
 def _losses_and_aux(name: str, fn: Any, has_aux: bool) -> LossesAndAux:
