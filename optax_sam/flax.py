@@ -19,6 +19,7 @@ from flax.training import train_state
 from optax_sam._base.checks import calling, refuse
 from optax_sam._base.devices import AxisName
 from optax_sam._engine import protocol
+from optax_sam._engine.batch_loss import LossOfOutputs
 from optax_sam._engine.value_and_update import value_and_update
 
 __all__ = ["TrainState", "nnx_value_and_update"]
@@ -53,6 +54,7 @@ def nnx_value_and_update(
         first of `args` without NNX objects in it is the batch; others, such as
         `nnx.Rngs`, may come before it. It may assign to the variables of the model and
         of the arguments that are not `wrt`, but must leave their structure as it is.
+        Of a loss in two parts, :func:`optax_sam.functional_loss`, the first may.
       has_aux: Whether `loss_fn` returns auxiliary data, which are those of the clean
         pass.
       ascent_loss_fn: Takes the place of `loss_fn` in the clean pass, as for
@@ -259,6 +261,10 @@ class _Call:
         """
         if not callable(fn):
             return fn
+        if isinstance(fn, LossOfOutputs):
+            fn.check_aux(_OWNER, has_aux)
+            outputs_fn = self.losses_and_changes(fn.output_fn, has_aux)
+            return LossOfOutputs(outputs_fn, self._of_outputs(fn.of_outputs), True)
 
         def losses_fn(params: Any, batch: Any, rest: Any) -> Any:
             objects = self._merge(params, rest)
@@ -270,6 +276,23 @@ class _Call:
             return pair[0], (pair[1], self._changed(objects, before))
 
         return losses_fn
+
+    def _of_outputs(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn(outputs, *args)` as a function of arrays, which keeps no changes."""
+
+        def of_outputs(outputs: Any, batch: Any, rest: Any) -> Any:
+            objects = self._merge(self.params, rest)
+            before = [_identities(x) for x in self._split(objects)[1:]]
+            losses = self._apply(fn, (outputs, objects[1]), batch)
+            if jax.tree.leaves(self._changed(objects, before)):
+                raise ValueError(
+                    f"{_OWNER}: the second part of loss_fn assigns to variables of an "
+                    "argument, and the step keeps only what the first part, output_fn, "
+                    "assigns to; do it there."
+                )
+            return losses
+
+        return of_outputs
 
     def as_variables(self, gradient: Any) -> Any:
         """A gradient as the optimizer wants it, whose `wrt` may be a type."""

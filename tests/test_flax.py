@@ -448,6 +448,61 @@ class Adapted(nnx.Module):
         return x @ (self.w + self.adapter**2)
 
 
+def test_a_loss_in_two_parts_is_that_of_the_functional_api():
+    """Functional SAM, with dropout and batch statistics of an NNX model."""
+
+    def outputs_fn(model, rngs, batch):
+        logits = model(batch["image"], rngs)
+        return logits, jnp.mean(logits.argmax(-1) == batch["label"])
+
+    def of_outputs(logits, rngs, batch):
+        assert isinstance(rngs, nnx.Rngs)
+        return cross_entropy(logits, batch["label"])
+
+    tx = optax_sam.sam(optax.sgd(1.0), 0.5)
+    loss_fn = optax_sam.functional_loss(outputs_fn, of_outputs, has_aux=True)
+    model, rngs = Classifier(rngs=nnx.Rngs(0)), nnx.Rngs(1)
+    graph, params, rest = nnx.split((model, rngs), nnx.Param, ...)
+
+    def arrays_fn(params, batch, rest):
+        model, rngs = nnx.merge(graph, params, rest)
+        return model(batch["image"], rngs)
+
+    arrays_loss = optax_sam.functional_loss(
+        arrays_fn, lambda logits, batch, rest: cross_entropy(logits, batch["label"])
+    )
+    update = jax.jit(optax_sam.value_and_update(arrays_loss, tx))
+    arrays = nnx.as_pure((params, rest))
+    value, updates, _ = update(arrays[0], tx.init(arrays[0]), BATCH, arrays[1])
+    expected = jax.tree.leaves(optax.apply_updates(arrays[0], updates))
+
+    step = nnx.jit(nnx_value_and_update(loss_fn, has_aux=True))
+    found, accuracy = step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), rngs, BATCH)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    assert 0 <= accuracy <= 1
+    assert rngs.default.count[...] == 1
+    leaves = jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Param)))
+    problems.assert_trees_close(leaves, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_second_part_of_a_loss_keeps_no_changes():
+    def of_outputs(logits, rngs, batch):
+        noise = jax.random.normal(rngs.params(), logits.shape)
+        return cross_entropy(logits + noise, batch["label"])
+
+    loss_fn = optax_sam.functional_loss(
+        lambda model, rngs, batch: model(batch["image"], rngs), of_outputs
+    )
+    model = Classifier(rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax_sam.sam(base(), 0.1), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="second part of loss_fn assigns"):
+        nnx_value_and_update(loss_fn)(model, optimizer, nnx.Rngs(1), BATCH)
+    with pytest.raises(ValueError, match="has_aux must be that which the loss was"):
+        nnx_value_and_update(loss_fn, has_aux=True)(
+            model, optimizer, nnx.Rngs(1), BATCH
+        )
+
+
 def test_the_optimizer_says_which_parameters_the_loss_is_differentiated_by():
     def make():
         model = Adapted()
