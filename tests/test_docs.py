@@ -42,6 +42,8 @@ TESTED = {
         "Recipes",
         "Hyperparameters that change",
         "GSAM and WSAM with another ascent",
+        "Functional SAM and preconditioned ascents",
+        "Sequence models",
         "By hand",
         "Coming from `optax.contrib.sam`",
         "From an SGD run to SAM",
@@ -144,6 +146,67 @@ def test_another_ascent_with_the_descent_of_gsam():
         lambda p, g: -0.1 * (p - 0.1 * (g - share * p)), perturbed, clean
     )
     problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_functional_sam_and_a_preconditioned_ascent():
+    """Two steps: SAM's ascent, then one that AdamW's second moments scale."""
+    heading = "Functional SAM and preconditioned ascents"
+    scope = after_the_quickstart("docs/recipes.md", heading)
+    step, batch, outputs_fn = scope["step"], scope["batch"], scope["output_fn"]
+
+    @jax.jit
+    def gradients(clean, second):
+        outputs, vjp = jax.vjp(lambda p: outputs_fn(p, batch), clean)
+        loss = lambda x: scope["loss_of_outputs"](x, batch).mean()  # noqa: E731
+        (gradient,) = vjp(jax.grad(loss)(outputs))
+        uphill = jax.tree.map(lambda g, v: g / (jnp.sqrt(v) + 1e-8), gradient, second)
+        scale = 0.05 / optax.tree.norm(uphill)
+        ahead = jax.tree.map(lambda p, u: p + scale * u, clean, uphill)
+        _, vjp = jax.vjp(lambda p: outputs_fn(p, batch), ahead)
+        return vjp(jax.grad(loss)(outputs))[0]
+
+    params, tx = scope["params"], scope["tx"]
+    base, opt_state = optax.adamw(1e-3), tx.init(params)
+    base_state = base.init(params)
+    for _ in range(2):
+        second = optax.tree.get(base_state, "nu")
+        expected, base_state = base.update(
+            gradients(params, second), base_state, params
+        )
+        _, _, opt_state = step(params, opt_state, batch)
+        problems.assert_trees_close(
+            opt_state.base_state[0].mu, base_state[0].mu, rtol=1e-4, atol=1e-6
+        )
+        params = optax.apply_updates(params, expected)
+
+
+def test_second_moments_by_a_link_of_optax():
+    link = optax.scale_by_rms(0.999, eps_in_sqrt=False)
+    ascent = optax.chain(link, optax_sam.scale_to_radius(0.5))
+    problem = problems.quadratic()
+    tx = optax_sam.sharpness_aware(optax.set_to_zero(), ascent)
+    state = tx.init(
+        problem.params
+    )  # Which an ascent that leads downhill is refused by.
+    gradient = problems.gradient(problem)
+    epsilon, _ = ascent.update(gradient, state.ascent_state, problem.params)
+    # Of one gradient the square is that moment: all its entries count the same.
+    size = sum(x.size for x in jax.tree.leaves(gradient))
+    expected = jax.tree.map(lambda g: 0.5 * np.sign(g) / size**0.5, gradient)
+    problems.assert_trees_close(epsilon, expected, rtol=1e-5)
+
+
+def test_losses_of_sentences():
+    scope = after_the_quickstart("docs/recipes.md", "Sequence models")
+    batch, model = scope["sentences"], scope["model"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        model.apply(scope["params"], batch["x"]), batch["y"]
+    )
+    expected = np.asarray(losses)[np.asarray(batch["is_token"])].mean()
+    np.testing.assert_allclose(scope["loss"], expected, rtol=1e-5)
+    found = scope["sentence_losses"](scope["params"], batch)
+    assert found.shape == (64,)
+    np.testing.assert_allclose(found.mean(), expected, rtol=1e-5)
 
 
 def coming_from_contrib(problem):
