@@ -139,6 +139,12 @@ MUTANTS = [
         (" or any(n.called for n in noted.values())", "", ONE_PASS),
     ),
     *mutants(
+        "_engine/batch_loss.py",
+        "tests/descents/test_functional_sam.py",
+        ("self.derivative or own", "own"),
+        ("size=size, derivative=None", "size=size"),
+    ),
+    *mutants(
         "_engine/groups.py",
         GROUPS,
         ('{"scoring_batch": self.arguments["batch"]} | ', ""),
@@ -191,6 +197,11 @@ MUTANTS = [
     *mutants(
         "_engine/value_and_update.py",
         DEVICES,
+        (
+            "if clean_fn is of_batch",
+            "if of_batch",
+            "tests/descents/test_functional_sam.py",
+        ),
         ("(g * x).astype(x.dtype)", "x"),
         ("devices.mean((clean.value, clean.grad))", "(clean.value, clean.grad)"),
     ),

@@ -185,9 +185,7 @@ def test_second_moments_by_a_link_of_optax():
     ascent = optax.chain(link, optax_sam.scale_to_radius(0.5))
     problem = problems.quadratic()
     tx = optax_sam.sharpness_aware(optax.set_to_zero(), ascent)
-    state = tx.init(
-        problem.params
-    )  # Which an ascent that leads downhill is refused by.
+    state = tx.init(problem.params)  # Would refuse an ascent that leads downhill.
     gradient = problems.gradient(problem)
     epsilon, _ = ascent.update(gradient, state.ascent_state, problem.params)
     # Of one gradient the square is that moment: all its entries count the same.
