@@ -139,6 +139,11 @@ def test_refuses_a_base_without_one_momentum_of_gradients(base, message):
         jax.eval_shape(tx.init, PROBLEM.params)
 
 
+def test_of_no_parameters_there_is_no_momentum_to_miss():
+    epsilon, _ = AHEAD.update({}, AHEAD.init({}), base_state=SGD.init({}))
+    assert epsilon == {}
+
+
 def test_masks_before_keep_the_radius_and_those_after_do_not():
     none = {"b0": np.zeros(3, np.float32)}
     for before, epsilon in perturbations(SGD, STATIC, AHEAD):

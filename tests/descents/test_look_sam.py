@@ -108,6 +108,11 @@ def test_a_perturbed_gradient_that_is_not_finite_leaves_the_direction(p, kept):
     np.testing.assert_array_equal(state.direction, kept)
 
 
+def test_a_tree_without_entries_is_one_too():
+    descent, state = reused(optax_sam.reuse_ascent(0.5), [({}, {})])
+    assert (descent, state.direction) == ({}, {})
+
+
 def test_a_clean_gradient_of_zero_is_no_nan():
     """Of no length, it has no direction, and all of the other is across it."""
     zero = jnp.zeros(2)
