@@ -20,6 +20,8 @@ ASCENTS = {
     "sam": RADIUS,
     "asam": optax_sam.adapt_to_scale(0.5),
     "vasso": optax.chain(optax_sam.suppress_variance(0.4), RADIUS),
+    "friendly": optax.chain(optax_sam.remove_common_direction(0.8, 0.9), RADIUS),
+    "momentum": optax_sam.follow_momentum(0.1),
     # Of 20 examples, 12 are on other devices than the first.
     "fisher": optax.chain(
         RADIUS,

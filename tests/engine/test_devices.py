@@ -144,9 +144,12 @@ def test_a_device_alone_draws_as_one_that_has_none_beside_it(size):
         "sgd": optax.sgd(0.1, momentum=0.9),
         "line search": optax.lbfgs(0.5, memory_size=3),
         "needs value": optax_sam.sam(optax.contrib.momo(0.05), 0.1),
+        "gsam": optax_sam.gsam(base(), 0.1, 0.2),
+        "wsam": optax_sam.wsam(base(), 0.1, 0.8),
+        "look_sam": optax_sam.look_sam(base(), 0.1, 2),
     },
     check_vma=[True, False],
-    default=("sgd-True", "needs value-False"),
+    default=("sgd-True", "needs value-False", "gsam-True"),
 )
 def test_every_optimizer_gets_means_over_devices(tx, check_vma):
     expected = train(make_step(tx), tx, steps=5)

@@ -61,6 +61,7 @@ def on_devices(tx, layout):
         "sparse-data_parallel",
         "reweighted-fully_sharded",
         "micro-batches-data_parallel",
+        "look-fully_sharded",
     ),
 )
 def test_twenty_steps_on_many_devices_are_those_on_one(method, layout):

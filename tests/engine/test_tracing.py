@@ -9,7 +9,7 @@ import pytest
 
 import optax_sam
 
-BASE = optax.sgd(0.1, momentum=0.9)
+BASE = optax.chain(optax_sam.keep_average(0.4), optax.sgd(0.1, momentum=0.9))
 RADIUS = optax_sam.scale_to_radius(0.1)
 ON_ONE_LEAF = optax_sam.perturb_only(lambda p: {name: name == "w0" for name in p})
 FISHER = {"refresh_every": 2, "num_examples": 8}
@@ -46,6 +46,10 @@ ASCENTS = {
     "sam": (RADIUS, 2),
     "asam": (optax_sam.adapt_to_scale(0.5), 2),
     "vasso": (optax.chain(optax_sam.suppress_variance(0.4), RADIUS), 2),
+    "friendly": (optax.chain(optax_sam.remove_common_direction(0.8, 0.9), RADIUS), 2),
+    # The clean pass is traced, but not compiled.
+    "momentum": (optax_sam.follow_momentum(0.1), 2),
+    "vasso of one pass": (optax.chain(optax_sam.follow_average(), RADIUS), 2),
     "static mask": (
         optax.chain(
             optax_sam.perturb_only(lambda p: {k: k == "w0" for k in p}), RADIUS
@@ -114,6 +118,13 @@ def test_micro_batches_trace_an_ascent_once_more_to_advance(
 ):
     ascents, _ = traced(ascent, micro_batch_size=4, micro_batches_at_once=at_once)
     assert ascents == 2
+
+
+@pytest.mark.parametrize(
+    ("when", "num_losses"), [(optax_sam.every(2), 2), (lambda count: False, 1)]
+)
+def test_a_condition_traces_nothing_twice(when, num_losses):
+    assert traced(RADIUS, ascend_when=when) == (1, num_losses)
 
 
 def test_a_micro_batch_of_all_examples_is_one_pass():
