@@ -7,21 +7,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
-from optax_sam._base.checks import called, calling, refuse
+from optax_sam._base.checks import called, calling
 from optax_sam._base.hyperparameters import ScalarOrSchedule
 from optax_sam._engine import protocol
-from optax_sam._engine.kept import Tried, kept_by_base
+from optax_sam._engine.kept import Tried, check_keeps_gradients, kept_by_base
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
 # What Optax's optimizers name their accumulated gradients: SGD; Adam and most others;
 # Momo, Prodigy and D-Adaptation; Adan.
 _NAMES = ("trace", "mu", "exp_avg", "m")
 _FIRST = "follow_momentum(...), sparsify_by_fisher(...)"
+_ORDER = (
+    "put the trace before what scales them, optax.chain(optax.scale_by_rms(), "
+    "optax.trace(0.9), optax.scale(-0.1)), and not after, as optax.lars and "
+    "optax.rmsprop do"
+)
 _REMEDY = (
     "pass a base with momentum, such as optax.sgd(0.1, momentum=0.9) or "
     "optax.adam(1e-3)"
@@ -166,19 +170,5 @@ class FollowMomentumState(NamedTuple):
         self, owner: str, base_state: Any, params: optax.Params, tried: Tried
     ) -> None:
         """Refuses a base without momentum, or with one of updates in its place."""
-        kept_by_base(owner, _NAMES, base_state, params, _REMEDY)
-        found = tried()
-        if found is None:
-            return
-        small, base_state = found
-        momentum = kept_by_base(owner, _NAMES, base_state, small, _REMEDY)
-        # Not by jax.numpy, which would trace them where init is compiled.
-        sums = [float(np.asarray(x).sum()) for x in jax.tree.leaves(momentum)]
-        if min(sums) < 0:
-            what = "base must accumulate gradients: those of 1 must give a positive sum"
-            remedy = (
-                "it accumulates its own updates; put the trace before what scales "
-                "them, optax.chain(optax.scale_by_rms(), optax.trace(0.9), "
-                "optax.scale(-0.1)), and not after, as optax.lars and optax.rmsprop do"
-            )
-            refuse(owner, what, min(sums), remedy)
+        remedies = _REMEDY, _ORDER
+        check_keeps_gradients(owner, _NAMES, base_state, params, tried, remedies)

@@ -15,10 +15,12 @@ from optax_sam._base import trees
 from optax_sam._base.checks import called, calling, refuse
 from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule, check_bool
 from optax_sam._engine import protocol
-from optax_sam._engine.kept import Tried, kept_by_base
+from optax_sam._engine.kept import Tried, check_keeps_gradients, kept_by_base
 from optax_sam._engine.sharpness_aware import sharpness_aware
 
 _FIRST = "follow_average(), scale_to_radius(...)"
+_KEPT = ("average",)
+_KEEP = "pass optax.chain(optax_sam.keep_average(theta), sgd) as base, in this order"
 
 
 def vasso(
@@ -330,7 +332,7 @@ def follow_average() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, FollowAverageState]:
         del params, extra_args
         protocol.require_gradient(owner, updates, is_gradient, _FIRST)
-        return _kept(owner, base_state, updates), state
+        return kept_by_base(owner, _KEPT, base_state, updates, _KEEP), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -341,14 +343,9 @@ class FollowAverageState(NamedTuple):
     def check_base(
         self, owner: str, base_state: Any, params: optax.Params, tried: Tried
     ) -> None:
-        """Refuses a base that keeps no average."""
-        del tried
-        _kept(owner, base_state, params)
-
-
-def _kept(owner: str, base_state: optax.OptState, params: Any) -> chex.ArrayTree:
-    remedy = "pass optax.chain(optax_sam.keep_average(theta), sgd) as base"
-    return kept_by_base(owner, ("average",), base_state, params, remedy)
+        """Refuses a base that keeps no average, or one of updates."""
+        remedies = _KEEP, _KEEP
+        check_keeps_gradients(owner, _KEPT, base_state, params, tried, remedies)
 
 
 def _floating_dtype(owner: str, dtype: Any) -> Any:

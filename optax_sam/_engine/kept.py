@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam._base import trees
@@ -81,6 +82,40 @@ def _is_of(params: Any, tree: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return all(jax.tree.leaves(alike)) and bool(jax.tree.leaves(tree))
+
+
+def check_keeps_gradients(
+    owner: str,
+    names: tuple[str, ...],
+    base_state: optax.OptState,
+    params: optax.Params,
+    tried: Tried,
+    remedies: tuple[str, str],
+) -> None:
+    """Refuses a base that keeps no such tree, or updates where gradients belong.
+
+    Args:
+      owner: As for :func:`kept_by_base`.
+      names: As there.
+      base_state: As there.
+      params: As there.
+      tried: See `Tried`.
+      remedies: What to do where there is none, and where it is of updates.
+    """
+    none, of_updates = remedies
+    kept_by_base(owner, names, base_state, params, none)
+    found = tried()
+    if found is None:
+        return
+    kept = kept_by_base(owner, names, found[1], found[0], none)
+    # Not by jax.numpy, which would trace them where init is compiled.
+    sums = [float(np.asarray(x).sum()) for x in jax.tree.leaves(kept)]
+    if min(sums) < 0:
+        what = (
+            f"base must accumulate gradients in its {names[0]}: those of 1 must give a "
+            "positive sum"
+        )
+        refuse(owner, what, min(sums), f"it accumulates its own updates; {of_updates}")
 
 
 def check_kept(

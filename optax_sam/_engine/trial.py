@@ -44,8 +44,10 @@ def check_directions(
     _check_is_plain(owner, "ascent", state.ascent_state)
     _check_is_plain(owner, "base", state.base_state)
     _check_has_no_descent(owner, state.ascent_state)
-    if not _is_known(state.ascent_state):
-        _check_ascent(owner, *_tried(ascent, state.ascent_state, params))
+    links = _links(state.ascent_state)
+    are_own = all(map(_is_of_this_package, links))
+    if not (are_own and any(getattr(link, "sets_length", False) for link in links)):
+        _check_ascent(owner, are_own, *_tried(ascent, state.ascent_state, params))
     if _found(_is_of_an_ascent, state.base_state):
         _check_base(owner, *_tried(base, state.base_state, params))
 
@@ -74,7 +76,7 @@ def _check_has_no_descent(owner: str, state: optax.OptState) -> None:
         )
 
 
-def _check_ascent(owner: str, along: _Moves, against: _Moves) -> None:
+def _check_ascent(owner: str, are_own: bool, along: _Moves, against: _Moves) -> None:
     # Along the gradient and along minus the gradient: others may lead anywhere.
     downhill = [p for p in along if np.sum(along[p]) < 0 < np.sum(against[p])]
     if downhill:
@@ -89,7 +91,8 @@ def _check_ascent(owner: str, along: _Moves, against: _Moves) -> None:
         )
     moves = zip(_SLOPES, (along, against), strict=True)
     raw = all(np.all(e == g) for g, found in moves for e in found.values())
-    if raw and any(map(np.any, along.values())):
+    # Links of this package that cannot be tried replace the gradient by another.
+    if raw and (any(map(np.any, along.values())) or (are_own and not along)):
         warnings.warn(
             f"{owner}: the ascent gives back the gradient as it is, so that the "
             "perturbation is as long as the gradient; end it with "
@@ -111,11 +114,9 @@ def _check_base(owner: str, along: _Moves, against: _Moves) -> None:
             )
 
 
-def _is_known(state: optax.OptState) -> bool:
-    """Whether all links are of this package, and one gives epsilon a length."""
-    links = state if type(state) is tuple else (state,)
-    known = all(map(_is_of_this_package, links))
-    return known and any(getattr(link, "sets_length", False) for link in links)
+def _links(state: Any) -> tuple[Any, ...]:
+    """The states of the links of a chain, or of the only one."""
+    return state if type(state) is tuple else (state,)
 
 
 def _is_of_an_ascent(state: Any) -> bool:

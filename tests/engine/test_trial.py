@@ -181,3 +181,19 @@ def test_a_link_of_the_base_in_the_ascent_is_refused(link):
     message = r"^sharpness_aware: ascent must have no link of the base.*State.*; put it"
     with pytest.raises(ValueError, match=message):
         tx.init(PARAMS)
+
+
+def test_warns_of_an_average_without_a_length():
+    base = optax.chain(optax_sam.keep_average(0.4), optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="as long as the gradient; end it with"):
+        optax_sam.sharpness_aware(base, optax_sam.follow_average()).init(PARAMS)
+
+
+def test_an_average_of_updates_is_refused():
+    base = optax.chain(optax.sgd(0.1), optax_sam.keep_average(0.4))
+    tx = optax_sam.sharpness_aware(
+        base, optax.chain(optax_sam.follow_average(), RADIUS)
+    )
+    message = "base must accumulate gradients in its average.*got -.*in this order"
+    with pytest.raises(ValueError, match=message):
+        tx.init(PARAMS)
