@@ -84,7 +84,7 @@ Estimate(mean, standard_error)
 SpectralDensity(nodes, weights)
 ascent_metrics(loss_fn, ascent, *, has_aux=False, ascent_loss_fn=None,
     scoring_loss_fn=None)
-ascent_stability(loss_fn, ascent, params, state, batches, *args, has_aux=False,
+ascent_stability(loss_fn, ascent, params, ascent_state, batches, *args, has_aux=False,
     ascent_loss_fn=None, scoring_loss_fn=None)
 average_sharpness(loss_fn, params, batch, *, rho, num_samples=32, adaptive=False,
     eta=0.0, key)
