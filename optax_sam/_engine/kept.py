@@ -75,7 +75,8 @@ def _is_of(params: Any, tree: Any) -> bool:
 
     def are_alike(p: Any, x: Any) -> bool:
         absent = trees.is_absent(p) or trees.is_absent(x)
-        return absent or jnp.shape(p) == jnp.shape(x)
+        is_leaf = jax.tree_util.all_leaves([x])  # And no list, which SM3 has for each.
+        return absent or (is_leaf and jnp.shape(p) == jnp.shape(x))
 
     try:
         alike = jax.tree.map(are_alike, params, tree, is_leaf=trees.is_absent)

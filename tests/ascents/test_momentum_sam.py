@@ -124,7 +124,7 @@ UPDATES = r"base must accumulate gradients.*got -.*put the trace before"
         (optax.contrib.schedule_free_adamw(0.1), NO_MOMENTUM),
         (optax.adafactor(1e-3), NO_MOMENTUM),
         (optax.noisy_sgd(0.1, key=0), NO_MOMENTUM),
-        (optax.sm3(0.1), NO_MOMENTUM),  # Its mu has other shapes.
+        (optax.sm3(0.1), NO_MOMENTUM),  # Its mu is made of lists.
         (optax.chain(optax.scale(-0.1), optax.trace(0.9)), UPDATES),
         (optax.lars(0.1), UPDATES),
         (optax.rmsprop(0.1, momentum=0.9), UPDATES),
