@@ -277,11 +277,11 @@ MUTANTS = [
         ("map_present(jnp.negative, momentum)", "map_present(jnp.positive, momentum)"),
         ('("trace", "mu", ', '("trace", '),
         ("protocol.require_gradient(owner, updates, is_gradient, _FIRST)", "pass"),
-        ("if min(sums) < 0:", "if min(sums) > 0:"),
     ),
     *mutants(
         "_engine/kept.py",
         "tests/ascents/test_momentum_sam.py",
+        ("if min(sums) < 0:", "if min(sums) > 0:"),
         ("if len(present) > 1:", "if len(present) > 2:"),
         ("if jax.tree.leaves(params) and not", "if not"),
         ("absent = trees.is_absent(p) or trees.is_absent(x)", "absent = False"),

@@ -201,11 +201,14 @@ class ReuseAscentState(NamedTuple):
 def _across(p: optax.Updates, unit: optax.Updates, along: jax.Array) -> chex.ArrayTree:
     """The direction of the part of `p` across a direction, zeros if there is none.
 
-    One as small as the rounding of `p` is none: its direction would be noise.
+    One as small as the rounding of `p` and of sums is none: its direction would be
+    noise.
     """
     across = jax.tree.map(lambda x, u: jnp.asarray(x, u.dtype) - along * u, p, unit)
     to_unit, size = trees.scaling_to_norm(across, 1.0)
     finfo: Any = jnp.finfo  # Its constructor is not typed.
-    sizes = [float(finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(p)]
-    is_part = size > 8 * max(sizes, default=0.0) * jnp.abs(along)
+    dtypes = map(jnp.result_type, jax.tree.leaves(p))
+    of_p = max((float(finfo(dtype).eps) for dtype in dtypes), default=0.0)
+    rounding = of_p + 8 * float(finfo(along.dtype).eps)
+    is_part = size > rounding * jnp.abs(along)
     return jax.tree.map(lambda d: jnp.where(is_part, d, 0), to_unit(across))
