@@ -432,11 +432,20 @@ def test_parameters_of_half_precision():
     assert all(np.isfinite(np.asarray(x, "f")).all() for x in jax.tree.leaves(params))
 
 
+# A link of the base that keeps what it is told.
+TOLD = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.array(True),
+    lambda updates, state, params=None, *, ascended, **_: (updates, ascended),
+)
+
+
 @pytest.mark.parametrize("when", [EVERY, never], ids=["ascends", "does not"])
 def test_a_clean_gradient_that_is_not_finite(when):
     tx = optax_sam.sharpness_aware(
         optax.chain(
-            optax_sam.reuse_ascent(0.5), optax.apply_if_finite(optax.sgd(1.0), 3)
+            optax_sam.reuse_ascent(0.5),
+            optax.apply_if_finite(optax.sgd(1.0), 3),
+            TOLD,
         ),
         optax.chain(optax_sam.suppress_variance(0.4), RADIUS),
         ascend_when=when,
@@ -453,6 +462,7 @@ def test_a_clean_gradient_that_is_not_finite(when):
         after.base_state[0].direction, state.base_state[0].direction
     )
     assert int(after.step) == 1
+    assert not after.base_state[2]
     # With steps that go on as if it had not been.
     for _ in range(3):
         _, updates, after = step(SMALL.params, after, SMALL.batch)
