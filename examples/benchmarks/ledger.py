@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -22,12 +22,14 @@ from sam_examples.benchmarking.ledger import (
     file_name,
     print_summary,
 )
+from sam_examples.benchmarking.plans import PLANS
 from sam_examples.benchmarking.together import together
 from sam_examples.data import load_cifar10
 from sam_examples.settings.command_line import one_line_errors, require, versions
 
 AT_ONCE = 8  # Programs compiled side by side.
-RESULTS = Path(__file__).parent / "results" / "cifar10"
+_RESULTS = Path(__file__).parent / "results"
+RESULTS = {"gpu": _RESULTS / "cifar10", "cpu": _RESULTS / "cifar10-cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,10 @@ class Options:
     """Number of runs to do; without it, as many as there is time for."""
     data_dir: Path | None = None
     """Where cifar-10-batches-py or cifar-10-batches-bin is, or lies in."""
-    out: Path = RESULTS
-    """Directory of the runs."""
+    out: Path | None = None
+    """Directory of the runs; without it, that of the plan."""
+    plan: Literal["gpu", "cpu"] = "gpu"
+    """Which runs: of all methods, or of those that cost less than SAM, in less time."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     """What all runs have in common."""
     num_valid: int = 5_000
@@ -136,7 +140,9 @@ def main(args: Sequence[str] | None = None) -> None:
     watch = Watch(options.minutes)
     with one_line_errors():
         require(options.minutes >= 0, "--minutes must be at least 0", options.minutes)
-        ledger = Ledger(options.out, options.recipe)
+        ledger = Ledger(
+            options.out or RESULTS[options.plan], options.recipe, PLANS[options.plan]
+        )
         if options.minutes:
             require(
                 options.data_dir is not None,

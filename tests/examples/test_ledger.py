@@ -10,7 +10,7 @@ import pytest
 from benchmarks import ledger as script
 from data_files import PER_FILE, write_binaries
 from example_support import check_refusal
-from sam_examples.benchmarking import ledger
+from sam_examples.benchmarking import ledger, plans
 from sam_examples.benchmarking.fast_cifar import Recipe, Run, Trainer, triangle
 from sam_examples.data import load_cifar10, normalize
 from sam_examples.models.airbench import Airbench, whitening_filters
@@ -37,11 +37,12 @@ def make_trainer(data_dir):
 
 
 def few(monkeypatch, *contestants):
-    monkeypatch.setattr(ledger, "GROUPS", [contestants])
+    monkeypatch.setitem(plans.PLANS, "gpu", [plans.Group(contestants)])
 
 
-SGD = ledger.Contestant("SGD", "sgd", ({"learning_rate": 0.5},), epochs=1)
-SAM = ledger.Contestant("SAM", "sam", ({"rho": 0.1}, {"rho": 0.2}), epochs=1)
+SGD = plans.Contestant("SGD", "sgd", ({"learning_rate": 0.5},), epochs=1)
+ALL = plans.PLANS["gpu"]
+SAM = plans.Contestant("SAM", "sam", ({"rho": 0.1}, {"rho": 0.2}), epochs=1)
 
 
 @pytest.mark.full
@@ -90,20 +91,22 @@ def test_a_watch_knows_how_long_a_run_takes():
     assert not script.Watch(minutes=0).allows("sgd")
 
 
-def test_more_seeds_are_for_what_did_best_on_the_held_out_split(monkeypatch):
-    few(monkeypatch, SGD, SAM)
+def test_more_seeds_are_for_what_did_best_on_the_held_out_split():
+    groups = [plans.Group((SGD, SAM))]
     worse, better = (SAM.run(trial, 0.4, seed=0) for trial in SAM.grid)
-    before = list(ledger.in_order({worse: 0.6}))
+    before = list(plans.in_order(groups, {worse: 0.6}))
     assert [run.seed for run in before[:6]] == [0] * 6
     assert SAM.run(SAM.grid[0], 0.4, seed=1) in before
-    after = list(ledger.in_order({worse: 0.6, better: 0.7}))
+    after = list(plans.in_order(groups, {worse: 0.6, better: 0.7}))
     assert SAM.run(SAM.grid[1], 0.4, seed=1) in after
     assert SAM.run(SAM.grid[0], 0.4, seed=1) not in after
 
 
-def test_files_of_all_runs_differ():
-    scores = dict.fromkeys(ledger.in_order({}), 0.5)
-    runs = list(ledger.in_order(scores))
+@pytest.mark.parametrize("plan", plans.PLANS)
+def test_files_of_all_runs_differ(plan):
+    groups = plans.PLANS[plan]
+    scores = dict.fromkeys(plans.in_order(groups, {}), 0.5)
+    runs = list(plans.in_order(groups, scores))
     assert len({ledger.file_name(run) for run in runs}) == len(set(runs)) == len(runs)
 
 
@@ -112,19 +115,18 @@ def record(ledger_, run, **figures):
 
 
 def test_a_run_comes_back_as_it_was_recorded(tmp_path):
-    book = ledger.Ledger(tmp_path, TINY)
-    static = ledger.Contestant("static", "sam", ({"rho": 0.1, "perturb": ("Conv_4",)},))
+    book = ledger.Ledger(tmp_path, TINY, ALL)
+    static = plans.Contestant("static", "sam", ({"rho": 0.1, "perturb": ("Conv_4",)},))
     runs = [c.run(c.grid[0], 0.4, seed=2) for c in (SGD, SAM, static)]
     for run in runs:
         record(book, run)
-    again = ledger.Ledger(tmp_path, TINY)
+    again = ledger.Ledger(tmp_path, TINY, ALL)
     assert set(again.results) == set(runs)
     assert set(again.missing()).isdisjoint(runs)
 
 
-def test_a_summary_reports_test_accuracy_of_the_held_out_choice(tmp_path, monkeypatch):
-    few(monkeypatch, SGD, SAM)
-    book = ledger.Ledger(tmp_path, TINY)
+def test_a_summary_reports_test_accuracy_of_the_held_out_choice(tmp_path):
+    book = ledger.Ledger(tmp_path, TINY, [plans.Group((SGD, SAM))])
     for trial, valid, test in zip(SAM.grid, (0.8, 0.7), (0.6, 0.9), strict=True):
         record(book, SAM.run(trial, 0.0, seed=0), valid=valid, test=test)
     record(book, SAM.run(SAM.grid[0], 0.0, seed=1), valid=0.6, test=0.7)
@@ -135,9 +137,21 @@ def test_a_summary_reports_test_accuracy_of_the_held_out_choice(tmp_path, monkey
 
 
 def test_runs_of_another_recipe_are_refused(tmp_path, data_dir, capsys):
-    record(ledger.Ledger(tmp_path, Recipe()), SGD.run(SGD.grid[0], 0.0, seed=0))
+    record(ledger.Ledger(tmp_path, Recipe(), ALL), SGD.run(SGD.grid[0], 0.0, seed=0))
     arguments = [*options(data_dir, tmp_path), "--minutes", "0"]
     check_refusal(capsys, "is of the recipe", script.main, arguments)
+
+
+def test_a_field_that_a_recorded_recipe_lacks_was_as_by_default(tmp_path):
+    run = SGD.run(SGD.grid[0], 0.0, seed=0)
+    record(ledger.Ledger(tmp_path, Recipe(), ALL), run)
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    del result["recipe"]["stride"]
+    path.write_text(json.dumps(result))
+    assert run in ledger.Ledger(tmp_path, Recipe(), ALL).results
+    with pytest.raises(ValueError, match="is of the recipe"):
+        ledger.Ledger(tmp_path, Recipe(stride=2), ALL)
 
 
 def test_a_ledger_needs_images(tmp_path, capsys):
@@ -148,7 +162,7 @@ def test_a_ledger_needs_images(tmp_path, capsys):
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "notes.json").write_text("{}")
     with pytest.raises(ValueError, match=r"notes\.json is no run of a ledger"):
-        ledger.Ledger(tmp_path, TINY)
+        ledger.Ledger(tmp_path, TINY, ALL)
 
 
 @pytest.mark.full
@@ -191,7 +205,7 @@ def test_runs_that_differ_in_numbers_share_a_program(data_dir):
 @pytest.mark.parametrize(
     "contestant",
     # Longer trainings run the same programs.
-    [c for group in ledger.GROUPS for c in group if c.epochs == 10],
+    [c for group in ALL for c in group.contestants if c.epochs == 10],
     ids=lambda contestant: contestant.label,
 )
 def test_every_contestant_trains(data_dir, contestant):
@@ -203,6 +217,19 @@ def test_every_contestant_trains(data_dir, contestant):
     run = dataclasses.replace(run, hyperparameters=tuple(values.items()), epochs=1)
     trainer.compile(run)
     assert np.isfinite(trainer.train(run).train_loss)
+
+
+@pytest.mark.full
+def test_a_recipe_may_have_the_first_images_only(data_dir):
+    dataset = load_cifar10(data_dir, num_valid=4, images_per_file=PER_FILE)
+    recipe = dataclasses.replace(TINY, num_images=16, stride=2, pad=0, flip=False)
+    first = dataset._replace(train=dataset.train.take(slice(16)))
+    run, losses = SGD.run(SGD.grid[0], 0.0, seed=0), []
+    for images in (dataset, first):
+        trainer = Trainer(images, recipe)
+        trainer.compile(run)
+        losses.append(trainer.train(run).train_loss)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.full
@@ -260,10 +287,14 @@ def test_whitening_is_no_parameter_and_stays_as_it_is(data_dir):
     assert float(jnp.std(logits)) > 0
 
 
-def test_the_readme_has_the_table_of_the_runs_that_are_recorded():
-    runs = ledger.Ledger(script.RESULTS, Recipe())
-    assert set(runs.results) <= set(ledger.in_order(runs.scores))
-    readme = script.RESULTS.parents[1] / "README.md"
+@pytest.mark.parametrize("plan", ["gpu"])
+def test_the_readme_has_the_table_of_the_runs_that_are_recorded(plan):
+    directory = script.RESULTS[plan]
+    path = next(directory.iterdir())
+    fields = Recipe(**json.loads(path.read_text())["recipe"])
+    runs = ledger.Ledger(directory, fields, plans.PLANS[plan])
+    assert set(runs.results) <= set(plans.in_order(plans.PLANS[plan], runs.scores))
+    readme = directory.parents[1] / "README.md"
     assert ledger.as_markdown(runs.summary()) in readme.read_text()
 
 

@@ -20,7 +20,7 @@ import optax_sam
 from sam_examples.data import Dataset, Split, augment, flip_labels, normalize
 from sam_examples.models.airbench import Airbench, whitening_filters
 from sam_examples.models.convolution import fastest_convolution
-from sam_examples.settings.methods import METHODS, make_ascent
+from sam_examples.settings.methods import METHODS, make_ascent, sharpen
 from sam_examples.training.evaluation import make_evaluate
 from sam_examples.training.step import TrainState, make_init
 
@@ -37,8 +37,11 @@ class Recipe:
       label_smoothing: share of each target that is spread over all classes.
       warmup: share of the steps in which the learning rate rises from 0; it then falls
         to 0, along lines.
-      pad: pixels of padding on each side, from which crops are taken.
+      pad: pixels of padding on each side, from which crops are taken, 0 for no crops.
       dtype: type of the computation; parameters are float32.
+      flip: whether images are flipped at random.
+      num_images: training images, the first ones; without it, all.
+      stride: pixels from one patch that the network whitens to the next.
     """
 
     widths: tuple[int, int, int] = (64, 256, 256)
@@ -49,6 +52,9 @@ class Recipe:
     warmup: float = 0.2
     pad: int = 2
     dtype: str = "bfloat16"
+    flip: bool = True
+    num_images: int | None = None
+    stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,8 @@ class Outcome(NamedTuple):
       valid: accuracy on the held-out split after the last epoch.
       test: accuracy on the test split.
       train_loss: mean loss of the last epoch's clean passes.
-      step_seconds: wall time of a step, the median over epochs.
+      step_seconds: time of a step, the median over epochs: wall time, but on the CPU
+        that of the processor, all threads together, which others do not lengthen.
       seconds: wall time of the training and its evaluation.
     """
 
@@ -92,7 +99,7 @@ class Outcome(NamedTuple):
 
 
 Values = Mapping[str, Any]
-TRACED = ("learning_rate", "rho", "theta", "strength")
+TRACED = ("learning_rate", "rho", "theta", "strength", "alpha")
 
 
 class Trainer:
@@ -105,9 +112,10 @@ class Trainer:
           dataset: in memory, labels without noise.
           recipe: what all runs have in common.
         """
-        self._labels = np.asarray(dataset.train.labels)
+        train = dataset.train.take(slice(recipe.num_images))
+        self._labels = np.asarray(train.labels)
         self._dataset = dataset._replace(
-            train=jax.device_put(dataset.train),
+            train=jax.device_put(train),
             valid=jax.device_put(dataset.valid),
             test=jax.device_put(dataset.test),
         )
@@ -118,8 +126,9 @@ class Trainer:
             recipe.widths,
             conv=fastest_convolution(jax.default_backend()),
             dtype=jnp.dtype(recipe.dtype),
+            stride=recipe.stride,
         )
-        first = normalize(dataset.train.images[:5000], dataset.mean, dataset.std)
+        first = normalize(train.images[:5000], dataset.mean, dataset.std)
         self._whitening = jnp.asarray(whitening_filters(first))
         self._init = make_init(self._model, dataset)
         self._evaluate = make_evaluate(self._model, dataset)
@@ -157,11 +166,13 @@ class Trainer:
         split = self._dataset.train._replace(labels=jnp.asarray(labels))
         state, key = self._first_state(run, values), jax.random.key(run.seed)
         program, seconds = self._programs[self.program(run)], []
+        on_cpu = jax.default_backend() == "cpu"
+        clock = time.process_time if on_cpu else time.perf_counter
         for epoch in range(run.epochs):
-            epoch_start = time.perf_counter()
+            epoch_start = clock()
             state, loss = program(state, split, traced, jax.random.fold_in(key, epoch))
             loss.block_until_ready()
-            seconds.append(time.perf_counter() - epoch_start)
+            seconds.append(clock() - epoch_start)
         valid, test = (
             float(self._evaluate(state, split).accuracy)
             for split in (self._dataset.valid, self._dataset.test)
@@ -206,16 +217,9 @@ class Trainer:
         )
         perturb = values.pop("perturb", ())
         ascent = make_ascent(method, values, num_steps, key=seed, perturb=perturb)
-        if ascent is None:
-            return base
-        tx: optax.GradientTransformation = optax_sam.sharpness_aware(
-            base,
-            ascent,
-            micro_batch_size=values.get("micro_batch_size"),
-            # A loop is slow on the CPU, and elsewhere spares convolutions in groups.
-            micro_batches_at_once=None if jax.default_backend() == "cpu" else 1,
-        )
-        return tx
+        # A loop is slow on the CPU, and elsewhere spares convolutions in groups.
+        at_once = None if jax.default_backend() == "cpu" else 1
+        return sharpen(method, base, ascent, values, at_once)
 
     def _make_epoch(self, method: str, values: Values) -> Callable[..., Any]:
         """Makes `epoch(state, split, traced, key) -> state, loss`, to be compiled."""
@@ -259,7 +263,10 @@ class Trainer:
         """The images of a step, cropped and flipped."""
         dataset = self._dataset
         images = normalize(split.images[index], dataset.mean, dataset.std)
-        images = augment(key, images, pad=self._recipe.pad, cutout_probability=0.0)
+        recipe = self._recipe
+        images = augment(
+            key, images, pad=recipe.pad, flip=recipe.flip, cutout_probability=0.0
+        )
         return Split(images, split.labels[index])
 
 

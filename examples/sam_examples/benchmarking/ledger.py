@@ -1,4 +1,4 @@
-"""The runs of a ledger: which there are, in order of worth, and what they came to.
+"""The runs of a ledger, and what they came to.
 
 Every run is a JSON file of its own, so that a ledger grows whenever a GPU is at hand,
 and whoever has other runs of the same recipe can add them.
@@ -16,121 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sam_examples.benchmarking.fast_cifar import Recipe, Run
-from sam_examples.settings.command_line import require, write_json
-
-NOISES = (0.0, 0.4)
-LEARNING_RATE = 1.0  # Where SGD does best on the held-out split, with noise or without.
-
-
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """A configuration, and the hyperparameters that it is tried with.
-
-    Attributes:
-      label: what it is called.
-      method: out of `METHODS`, or several joined by +.
-      grid: the hyperparameters of each trial, the likeliest first.
-      epochs: passes over the training images.
-    """
-
-    label: str
-    method: str
-    grid: tuple[Mapping[str, Any], ...]
-    epochs: int = 10
-
-    def run(self, trial: Mapping[str, Any], noise: float, seed: int) -> Run:
-        """The run of one trial."""
-        values = tuple({"learning_rate": LEARNING_RATE, **trial}.items())
-        return Run(self.label, self.method, values, noise, self.epochs, seed)
-
-
-def _grid(*rhos: float, **others: Any) -> tuple[Mapping[str, Any], ...]:
-    return tuple({"rho": rho, **others} for rho in rhos)
-
-
-_RATES = tuple({"learning_rate": rate} for rate in (1.0, 0.5, 0.25, 2.0))
-_RHOS = (0.05, 0.1, 0.025)
-_LAST_BLOCK = ("Conv_4", "Conv_5", "BatchNorm_4", "BatchNorm_5", "Dense_0")
-# In order of worth: each group first on one seed, all of its grids, then on others.
-GROUPS: Sequence[Sequence[Contestant]] = (
-    (
-        Contestant("SGD", "sgd", _RATES),
-        Contestant(
-            "SAM",
-            "sam",
-            (
-                *_grid(*_RHOS, 0.2),
-                *_grid(0.05, 0.1, 0.2, 0.4, 0.8, learning_rate=0.5),
-            ),
-        ),
-        # As many gradients as SAM takes.
-        Contestant("SGD, twice as long", "sgd", _RATES, epochs=20),
-    ),
-    (
-        Contestant(
-            "VaSSO", "vasso", (*_grid(*_RHOS, theta=0.9), *_grid(*_RHOS, theta=0.4))
-        ),
-        Contestant(
-            "RW-SAM",
-            "rw_sam",
-            # Slopes over their mean, so that a strength means the same at any scale.
-            _grid(*_RHOS, strength=1.0, estimator="jvp", normalize=True),
-        ),
-        Contestant(
-            "m-SAM, m = 128", "m_sam", _grid(0.05, 0.025, 0.0125, micro_batch_size=128)
-        ),
-    ),
-    (
-        Contestant(
-            "SSAM-F, half",
-            "sparse_sam",
-            _grid(*_RHOS, sparsity=0.5, fisher_estimator="probes"),
-        ),
-        Contestant("SSAM-D, half", "dynamic_sparse_sam", _grid(*_RHOS, sparsity=0.5)),
-        Contestant("static: last block", "sam", _grid(*_RHOS, perturb=_LAST_BLOCK)),
-        Contestant("ASAM", "asam", _grid(0.5, 1.0, 0.25)),
-    ),
-    (
-        Contestant("SGD, four times as long", "sgd", _RATES[:2], epochs=40),
-        Contestant("SAM, four times as long", "sam", _grid(0.05, 0.1, 0.2), epochs=40),
-    ),
+from sam_examples.benchmarking.plans import (
+    MORE_SEEDS,
+    Contestant,
+    Group,
+    best_trial,
+    in_order,
 )
-MORE_SEEDS = (1, 2)
-
-# Accuracy on the held-out split, of the runs that are there.
-Scores = Mapping[Run, float]
-
-
-def in_order(scores: Scores) -> Iterator[Run]:
-    """All runs in order of worth.
-
-    Other seeds than the first come for the trial that did best on the held-out split,
-    as far as `scores` knows, of each contestant and share of noise.
-    """
-    for group in GROUPS:
-        pairs = [(contestant, noise) for noise in NOISES for contestant in group]
-        for contestant, noise in pairs:
-            for trial in contestant.grid:
-                yield contestant.run(trial, noise, seed=0)
-        for seed in MORE_SEEDS:
-            for contestant, noise in pairs:
-                best = best_trial(contestant, noise, scores)
-                if best is not None:
-                    yield contestant.run(best, noise, seed)
-
-
-def best_trial(
-    contestant: Contestant, noise: float, scores: Scores
-) -> Mapping[str, Any] | None:
-    """The trial that did best on the held-out split with the first seed, if any ran."""
-    known = {
-        i: scores[run]
-        for i, trial in enumerate(contestant.grid)
-        if (run := contestant.run(trial, noise, seed=0)) in scores
-    }
-    if not known:
-        return None
-    return contestant.grid[max(known, key=lambda i: known[i])]
+from sam_examples.settings.command_line import require, write_json
 
 
 def file_name(run: Run) -> str:
@@ -152,14 +45,22 @@ class Ledger:
       results: what is recorded of each run.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe) -> None:
+    def __init__(
+        self, directory: Path, recipe: Recipe, groups: Sequence[Group]
+    ) -> None:
         """Reads what is there.
+
+        Args:
+          directory: of the runs, which need not exist.
+          recipe: what all runs have in common.
+          groups: the runs that are wanted.
 
         Raises:
           ValueError: if a file is of another recipe, or of none.
         """
         self._directory = directory
         self._recipe = _plain(dataclasses.asdict(recipe))
+        self._groups = groups
         self.results: dict[Run, Mapping[str, Any]] = {}
         for path in sorted(directory.glob("*.json")):
             self._read(path)
@@ -170,7 +71,8 @@ class Ledger:
             settings = dict(result["run"])
             pairs = settings.pop("hyperparameters").items()
             run = Run(**settings, hyperparameters=tuple(map(_hashable, pairs)))
-            recipe = result["recipe"]
+            # What a recipe did not say when a run was recorded was as by default.
+            recipe = _plain(dataclasses.asdict(Recipe())) | result["recipe"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no run of a ledger ({type(error).__name__}: {error}); move "
@@ -191,7 +93,7 @@ class Ledger:
 
     def missing(self) -> Iterator[Run]:
         """The runs that are not there, in order of worth."""
-        return (run for run in in_order(self.scores) if run not in self.results)
+        return (r for r in in_order(self._groups, self.scores) if r not in self.results)
 
     def add(self, run: Run, figures: Mapping[str, Any]) -> None:
         """Records a run, in a file that is whole or not there."""
@@ -211,11 +113,11 @@ class Ledger:
         Figures are those of the trial that did best on the held-out split.
         """
         rows = []
-        for noise in NOISES:
-            for contestant in (c for group in GROUPS for c in group):
-                trial = best_trial(contestant, noise, self.scores)
-                if trial is not None:
-                    rows.append(self._row(contestant, trial, noise))
+        pairs = [pair for group in self._groups for pair in group.pairs]
+        for contestant, noise in sorted(pairs, key=lambda pair: pair[1]):
+            trial = best_trial(contestant, noise, self.scores)
+            if trial is not None:
+                rows.append(self._row(contestant, trial, noise))
         return rows
 
     def _row(
