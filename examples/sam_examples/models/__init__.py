@@ -1,7 +1,8 @@
-"""Flax linen models of the examples, and one way to build them by name.
+"""Flax linen models of the examples, and one way to build those of images by name.
 
-All are called as `model(images, train)`, with images `[B, H, W, C]`, and give float32
-logits `[B, num_classes]`; each family has a file of its own.
+They are called as `model(images, train)`, with images `[B, H, W, C]`, and give float32
+logits `[B, num_classes]`; each family has a file of its own. Those of text are in
+`encoder_decoder`, which translates, and `transformer`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

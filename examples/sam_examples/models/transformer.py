@@ -7,12 +7,15 @@ kept.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+from sam_examples.models.attention import Attention
 
 # Says where activations `[B, T, width]` lie; without it, the compiler decides.
 Place = Callable[[jax.Array], jax.Array]
@@ -41,14 +44,10 @@ class Layer(nn.Module):
         """Maps `[B, T, width]` to the same shape; `nn.scan` wants the rest."""
         x = self.place(x)
         width = x.shape[-1]
+        attention = Attention(width, self.num_heads, partial(nn.Dense, use_bias=False))
+        nn.share_scope(self, attention)
         y = nn.LayerNorm(use_bias=False)(x)
-        heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
-        query, key, value = (
-            nn.Dense(width, use_bias=False, name=name)(y).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x += nn.Dense(width, use_bias=False, name="out")(y.reshape(x.shape))
+        x += attention(y, attention.keys(y), is_causal=True)
         y = nn.LayerNorm(use_bias=False)(self.place(x))
         y = nn.gelu(nn.Dense(self.hidden, use_bias=False, name="up")(y))
         x += nn.Dense(width, use_bias=False, name="down")(y)

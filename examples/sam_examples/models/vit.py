@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sam_examples.models.attention import Attention
 from sam_examples.models.factories import Layer, convolution, layer_norm
 
 _normal = nn.initializers.normal(0.02)
@@ -47,14 +48,10 @@ class Encoder(nn.Module):
         dropout = partial(nn.Dropout, self.dropout_rate, deterministic=not train)
 
         width = x.shape[-1]
+        attention = Attention(width, self.num_heads, dense)
+        nn.share_scope(self, attention)  # The names of its layers are those here.
         y = norm(name="norm_0")(x)
-        heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
-        query, key, value = (
-            dense(width, name=name)(y).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        y = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
-        x += dropout()(dense(width, name="out")(y))
+        x += dropout()(attention(y, attention.keys(y)))
         y = dense(self.hidden, name="up")(norm(name="norm_1")(x))
         y = dropout()(nn.gelu(y, approximate=False))
         x += dropout()(dense(width, name="down")(y))
