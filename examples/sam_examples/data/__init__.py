@@ -1,7 +1,8 @@
 """The data sets of the examples, from local files, and the pipeline that feeds them.
 
 Each comes as a training, a validation and a test split. Whatever is chosen, is chosen
-on the validation split; the test split is for reporting.
+on the validation split; the test split is for reporting. Here are images; text is in
+`parallel_text`, `spelt_numbers`, `subwords` and `token_batches`.
 """
 
 from sam_examples.data.augmentation import augment, normalize, normalized
