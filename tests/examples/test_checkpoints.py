@@ -23,6 +23,7 @@ from sam_examples.settings.config_file import parse
 from sam_examples.settings.methods import hyperparameters
 from sam_examples.training.build import Optimizer, make_network
 from sam_examples.training.checkpoints import Checkpoints, Progress, checksum
+from sam_examples.training.images import make_image_task
 from sam_examples.training.run import Run
 
 EPOCHS, STEPS = 4, 16  # Steps of an epoch.
@@ -295,7 +296,7 @@ def test_a_state_of_another_structure_is_refused(interrupted, capsys, method, ch
     chosen = hyperparameters([method])[method]
     optimizer, dataset = Optimizer(config, chosen, STEPS), load(config)
     model = make_network(config, dataset)
-    other = Run(config, dataset, model, optimizer, 1)
+    other = Run(config, make_image_task(config, dataset, model, 1), optimizer, 1)
     other.trainer.count = 3 * STEPS
     other.save(checkpoints, progress["settings"])
     message = f"{checkpoint(out, 3)} is damaged or no checkpoint of this training"

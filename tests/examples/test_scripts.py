@@ -12,7 +12,7 @@ from sam_examples.reporting.figures import plot_test_accuracy
 from sam_examples.reporting.tables import Curves, print_table, summarize
 from sam_examples.settings import config
 from sam_examples.settings.methods import METHODS, hyperparameters
-from sam_examples.training import trainer
+from sam_examples.training import images, loop, trainer
 
 
 def test_compare_writes_table_figure_and_figures(tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_a_legend_takes_nothing_from_the_axes(tmp_path, monkeypatch, count):
 def traced(monkeypatch):
     """What the bar says while something is traced, by what makes it."""
 
-    class Bar(train.tqdm):
+    class Bar(loop.tqdm):
         def set_description(self, description=None, refresh=True):
             said.append(description)
             super().set_description(description, refresh)
@@ -176,9 +176,9 @@ def traced(monkeypatch):
         monkeypatch.setattr(owner, name, make_noted)
 
     said, while_traced = [], {}
-    monkeypatch.setattr(train, "tqdm", Bar)
-    spy(trainer, "make_step")
-    spy(trainer, "make_evaluate_batch")
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    spy(trainer, "make_step_of")
+    spy(images, "make_evaluate_batch")
     spy(trainer.diagnostics, "ascent_metrics")
     return while_traced
 

@@ -18,7 +18,8 @@ from sam_examples.settings import config
 from sam_examples.settings.command_line import write_json
 from sam_examples.settings.config_file import parse
 from sam_examples.settings.methods import METHODS, hyperparameters, make_ascent
-from sam_examples.training import build, trainer
+from sam_examples.settings.run_options import as_json, num_devices
+from sam_examples.training import build, images
 from sam_examples.training import run as runs
 from sam_examples.training.checkpoints import Checkpoints
 from sam_examples.training.trainer import Trainer
@@ -97,7 +98,7 @@ def test_what_a_run_writes_of_its_settings_is_read_back(tmp_path):
     options += ["--perturb", "Conv_0", "--base-hyperparameters", "nesterov=True"]
     asked = parse([*options, "--warmup-epochs", "0.5", "--implicit", "0.25"])
     path = tmp_path / "config.json"
-    write_json(path, config.as_json(asked))
+    write_json(path, as_json(asked))
     again = parse(["--config", str(path)])
     assert dataclasses.replace(again, config=None) == asked
 
@@ -345,9 +346,9 @@ def test_metrics_of_micro_batches_are_means_over_them():
         asked = parse([*PLAIN, "--method", method, "--norm", "group"])
         dataset, values = config.load(asked), hyperparameters([method], assignments)
         optimizer = build.Optimizer(asked, values[method], 16)
-        trainer = Trainer(
-            asked, dataset, build.make_network(asked, dataset), optimizer, 1
-        )
+        model = build.make_network(asked, dataset)
+        task = images.make_image_task(asked, dataset, model, 1)
+        trainer = Trainer(asked, task, optimizer, 1)
         split = dataset.train
         trainer.train(type(split)(split.images[:64][None], split.labels[:64][None]))
         return trainer.measure()
@@ -364,9 +365,10 @@ def test_metrics_of_micro_batches_are_means_over_them():
 
 
 def test_all_devices_that_can_share_a_batch_do():
+    asked = parse([])
     for size, count in ((64, 8), (36, 6), (7, 7), (11, 1)):
-        asked = dataclasses.replace(parse([]), batch_size=size)
-        assert config.num_devices(asked) == count
+        assert num_devices(asked, size) == count
+    assert num_devices(asked) == 8
 
 
 @pytest.mark.full
@@ -389,7 +391,8 @@ def test_parameters_and_state_are_shared_on_request(base):
     values = {"rho": 0.1, "theta": 0.9}
     optimizer = build.Optimizer(asked, values, 16)
     model = build.make_network(asked, dataset)
-    state = Trainer(asked, dataset, model, optimizer, 4).state
+    task = images.make_image_task(asked, dataset, model, 4)
+    state = Trainer(asked, task, optimizer, 4).state
     kernel = state.params["Conv_0"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     average = state.opt_state.ascent_state[0].direction["Conv_0"]["kernel"]
@@ -402,7 +405,7 @@ def test_parameters_and_state_are_shared_on_request(base):
 @pytest.mark.full
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     # Calls of four steps, so that it is stopped within an epoch.
-    monkeypatch.setattr(runs, "BYTES_PER_CALL", 4 * 64 * 4 * 64)
+    monkeypatch.setattr(images, "BYTES_PER_CALL", 4 * 64 * 4 * 64)
     options = ["--method", "dynamic_sparse_sam", "--epochs", "3", "--dropout", "0.1"]
     whole = run(tmp_path / "whole", *options)
     advance, calls = runs.Run.advance, []
@@ -469,7 +472,7 @@ def test_folders_train_and_a_damaged_image_loses_nothing(tmp_path, monkeypatch, 
     options = ["--dataset", "imagenet", "--data-dir", str(data), "--model", "resnet8"]
     options += ["--width", "4", "--stages", "1", "--batch-size", "4", "--epochs", "2"]
     options += ["--devices", "1", "--measure-every", "0", "--method", "sgd"]
-    monkeypatch.setattr(trainer, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(images, "EVALUATION_BATCH", 4)
     out = tmp_path / "all"
     train.main([*options, "--train-on-all", "--out", str(out)])
     assert [row["step"] for row in curves(out)] == ["6", "12"]
@@ -479,7 +482,7 @@ def test_folders_train_and_a_damaged_image_loses_nothing(tmp_path, monkeypatch, 
 
     out = tmp_path / "held out"
     # Calls of one step, and images of the eighth that cannot be read.
-    monkeypatch.setattr(runs, "BYTES_PER_CALL", 1)
+    monkeypatch.setattr(images, "BYTES_PER_CALL", 1)
     next_batches, calls = runs.next_batches, []
 
     def next_or_none(batches):

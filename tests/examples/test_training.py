@@ -13,10 +13,11 @@ from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
 from sam_examples.settings.command_line import NoisyDigits
 from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
-from sam_examples.settings.optimizers import momentum_sgd
+from sam_examples.settings.optimizers import make_schedule, momentum_sgd
 from sam_examples.training.epochs import draw_epoch, shuffled_batches
 from sam_examples.training.evaluation import make_evaluate
-from sam_examples.training.run import call_means, steps_per_call
+from sam_examples.training.images import steps_per_call
+from sam_examples.training.run import call_means
 from sam_examples.training.step import (
     find_gap,
     make_init,
@@ -402,3 +403,12 @@ def test_wrong_hyperparameters_are_refused(assignment, message):
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="unknown method 'adam'; choose from sgd, sam"):
         hyperparameters(["adam"])
+
+
+def test_a_learning_rate_can_fall_as_the_root_of_the_step():
+    rate = make_schedule("inverse_sqrt", 0.2, 100, 4)
+    expected = [0, 0.1, 0.2, 0.1, 0.04]
+    steps = [0, 2, 4, 16, 100]
+    np.testing.assert_allclose([rate(s) for s in steps], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs a step of warm-up at least"):
+        make_schedule("inverse_sqrt", 0.2, 100)

@@ -22,29 +22,35 @@ Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingOptions:
+class CommonOptions:
     """The options of any training."""
 
     epochs: int = 40
-    """Passes over the training images."""
+    """Passes over the training examples."""
+    learning_rate: float = 0.1
+    """The largest one; it falls as --schedule says, by default along a cosine."""
+    weight_decay: float = 3e-3
+    """An L2 penalty of all parameters, or the base's own if it has one."""
+    dropout: float = 0.0
+    """Dropout rate, where the model has dropout."""
+    out: Directory = None
+    """Directory of the results. By default a new one in runs/."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions(CommonOptions):
+    """The options of any training on images."""
+
     noise: float = 0.0
     """Share of the training labels that are replaced by another class."""
     batch_size: int = 64
     """Images of a step."""
-    learning_rate: float = 0.1
-    """The largest one; it falls to 0 along a cosine by default."""
-    weight_decay: float = 3e-3
-    """An L2 penalty of all parameters, or the base's own if it has one."""
     stages: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...")] = None
     """Blocks in each stage, in place of the model's."""
     width: Int = 8
     """Channels of the first stage, or their factor, see models; narrow suits a CPU."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation: over the batch, or over groups of channels of each image."""
-    dropout: float = 0.0
-    """Dropout rate, where the model has dropout."""
-    out: Directory = None
-    """Directory of the results. By default a new one in runs/."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +95,13 @@ def require_at_least_one(options: Any, *names: str) -> None:
 
 
 def check_training(options: TrainingOptions, num_examples: int) -> None:
-    """Checks the options of any training, given the number of training images.
+    """Checks the options of a training on images, given how many there are.
 
     Raises:
       ValueError: if one is out of range; the message says which range.
     """
-    require_at_least_one(options, "epochs", "width", "batch_size")
+    check_common(options)
+    require_at_least_one(options, "width", "batch_size")
     if options.stages is not None:
         check_stages("stages", options.stages)
     require(
@@ -107,6 +114,11 @@ def check_training(options: TrainingOptions, num_examples: int) -> None:
         f"--batch-size must be at most {num_examples:,}, the number of training images",
         options.batch_size,
     )
+
+
+def check_common(options: CommonOptions) -> None:
+    """Raises a ValueError if an option of any training is out of range."""
+    require_at_least_one(options, "epochs")
     require(
         0 < options.learning_rate < float("inf"),
         "--learning-rate must be positive and finite",

@@ -2,10 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
-import jax
 import tyro
 
 from sam_examples.data import (
@@ -19,7 +17,6 @@ from sam_examples.models import MODELS
 from sam_examples.settings.command_line import (
     Directory,
     Float,
-    Int,
     TrainingOptions,
     require,
     require_at_least_one,
@@ -31,6 +28,7 @@ from sam_examples.settings.methods import (
     parts,
     takes_gradient,
 )
+from sam_examples.settings.run_options import RunOptions, check_run, check_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,7 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainingOptions, DataOptions):
+class Config(TrainingOptions, RunOptions, DataOptions):
     """Trains a model with one method, and reports its accuracy on held-out images.
 
     The accuracy is that after the last epoch, on images that nothing was chosen on.
@@ -69,62 +67,11 @@ class Config(TrainingOptions, DataOptions):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, losses and states are in float32."""
 
-    method: Annotated[
-        str,
-        tyro.conf.arg(
-            help=f"Out of {', '.join(METHODS)}, or several joined by +; sgd, or base, "
-            "is the base alone."
-        ),
-    ] = "sam"
-    hyperparameters: tuple[str, ...] = ()
-    """Changes of the method's hyperparameters, such as rho=0.05 theta=0.2."""
-    perturb: tuple[str, ...] = ()
-    """Layers to perturb, alone, by a static mask; such as BasicBlock_0 Dense_0/bias."""
     ascent_part: int = 1
     """Ascends along the gradient of one in so many images of a batch."""
     implicit: Float = None
     """Share of the channels that the backward pass of the ascent leaves out."""
 
-    base: str = "sgd"
-    """Optimizer that moves the parameters: any of Optax, such as adamw."""
-    base_hyperparameters: tuple[str, ...] = ()
-    """Further arguments of the base, such as momentum=0.95 nesterov=True."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Whether the learning rate falls to 0 along half a cosine."""
-    warmup_epochs: float = 0.0
-    """Epochs in which the learning rate rises from 0 at first."""
-    seed: int = 0
-    """Draws parameters, batches, augmentation, dropout and the method's numbers."""
-
-    devices: Int = None
-    """Devices that share each batch; by default as many as can share it evenly."""
-    fully_sharded: bool = False
-    """Devices share parameters and optimizer state too, in place of copies."""
-    checkpoint_every: Annotated[int, tyro.conf.arg(metavar="EPOCHS")] = 1
-    """Epochs from a checkpoint to the next; the last epoch always makes one."""
-    keep: int = 3
-    """How many checkpoints stay."""
-    resume: bool = False
-    """Goes on from the last checkpoint in --out, and begins if there is none. With more
-    --epochs than before schedules are from there on those of so many."""
-    measure_every: Annotated[int, tyro.conf.arg(metavar="EPOCHS")] = 1
-    """Epochs from a measurement of the ascent to the next; 0 for none."""
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON or TOML file of settings, named as here; config.json of a run is one."""
-
-
-# What does not change the outcome of a training, but for rounding.
-OF_THE_MACHINE = (
-    "data_dir",
-    "devices",
-    "fully_sharded",
-    "out",
-    "checkpoint_every",
-    "keep",
-    "resume",
-    "measure_every",
-    "config",
-)
 
 _CIFAR = {
     "model": "resnet18",
@@ -151,13 +98,23 @@ _OF_DATASETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def suitable(dataset: str, method: str, base: str, model: str | None) -> Config:
+def suitable(**names: str | None) -> Config:
     """What suits a data set, a method and a base, where nothing else is asked for.
 
     That of other bases than sgd is a choice of this library, and not the papers'. A
     width is that of the data set's own model.
+
+    Args:
+      **names: dataset, method, base and model, None for the default.
+
+    Raises:
+      ValueError: if there is no such data set.
     """
-    config = Config(dataset=dataset, method=method, base=base)  # type: ignore[arg-type]
+    model = names.pop("model")
+    config = Config(**{n: v for n, v in names.items() if v})  # type: ignore[arg-type]
+    dataset, method, base = config.dataset, config.method, config.base
+    known = get_args(get_type_hints(Config)["dataset"])
+    require(dataset in known, f"--dataset must be one of {', '.join(known)}", dataset)
     config = dataclasses.replace(config, **_OF_DATASETS.get(dataset, {}))
     if dataset in ("cifar10", "cifar100") and method == "sgd":
         config = dataclasses.replace(config, weight_decay=5e-4)
@@ -220,16 +177,10 @@ def check_without_data(config: Config) -> None:
 
     The message says which; `check_training` checks the others.
     """
+    check_run(config)
     require(0 <= config.noise <= 1, "--noise must be from 0 to 1", config.noise)
-    for name in ("seed", "noise_seed"):
-        value, flag = getattr(config, name), name.replace("_", "-")
-        require(0 <= value < 2**32, f"--{flag} must be from 0 to 2**32 - 1", value)
-    require_at_least_one(config, "ascent_part", "checkpoint_every", "keep")
-    require(
-        config.measure_every >= 0,
-        "--measure-every must be at least 0",
-        config.measure_every,
-    )
+    check_seed("noise-seed", config.noise_seed)
+    require_at_least_one(config, "ascent_part")
     require(
         config.batch_size % config.ascent_part == 0,
         f"--ascent-part must divide --batch-size {config.batch_size}",
@@ -240,13 +191,6 @@ def check_without_data(config: Config) -> None:
         "--implicit must be at least 0 and below 1",
         config.implicit,
     )
-    require(
-        config.warmup_epochs >= 0,
-        "--warmup-epochs must be at least 0",
-        config.warmup_epochs,
-    )
-    if config.resume and config.out is None:
-        raise ValueError("--resume needs --out, the directory of the run.")
     if parts(config.method) == ["sgd"]:
         require(not config.perturb, "--perturb needs an ascent", config.method)
     if not takes_gradient(config.method):
@@ -261,33 +205,3 @@ def check_without_data(config: Config) -> None:
         "ImageNet are cropped and flipped as they are read",
         config.dataset,
     )
-
-
-def as_json(config: Config) -> dict[str, Any]:
-    """The settings as they are in JSON, by name."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-
-
-def num_devices(config: Config) -> int:
-    """How many devices are to share each batch.
-
-    Raises:
-      ValueError: if there are not so many, or they cannot share it evenly.
-    """
-    available, size = jax.local_device_count(), config.batch_size
-    if config.devices is None:
-        return max(n for n in range(1, available + 1) if size % n == 0)
-    require(
-        1 <= config.devices <= available,
-        f"--devices must be from 1 to {available}, the number of devices here",
-        config.devices,
-    )
-    require(
-        size % config.devices == 0,
-        f"--devices must divide --batch-size {size}",
-        config.devices,
-    )
-    return config.devices

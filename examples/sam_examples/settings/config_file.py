@@ -1,84 +1,82 @@
-"""Where the settings of train.py come from.
+"""Where the settings of a run come from.
 
 Each comes from the first of these that has it: the command line, the file given by
---config or, with --resume, that of the run, and what suits the data set.
+--config or, with --resume, that of the run, and what suits the data.
 """
 
 import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import tyro
 
-from sam_examples.settings.command_line import require
 from sam_examples.settings.config import Config, suitable
+from sam_examples.settings.run_options import RunOptions
+
+Options = TypeVar("Options", bound=RunOptions)
 
 
 def parse(args: Sequence[str]) -> Config:
+    """The configuration of train.py that a command line asks for, see `parse_as`."""
+    return parse_as(Config, args, suitable, ("dataset", "method", "base", "model"))
+
+
+def parse_as(
+    kind: type[Options],
+    args: Sequence[str],
+    suitable: Callable[..., Options],
+    names: Sequence[str],
+) -> Options:
     """The configuration that a command line asks for.
+
+    Args:
+      kind: the class of the configuration.
+      args: the command line.
+      suitable: the defaults, given settings by keyword, None where one is not given.
+      names: those settings.
 
     Raises:
       ValueError: if a file of settings cannot be read, is none, or has an unknown one.
     """
-    first = _Names.parse(args)
+    first = _first(args, names)
     given: dict[str, Any] = {}
-    if first.resume and first.out and (first.out / "config.json").is_file():
-        given |= read_settings(first.out / "config.json")
-    if first.config:
-        given |= read_settings(first.config)
-    names = {
-        name: getattr(first, name) or given.get(name, getattr(Config, name))
-        for name in ("dataset", "method", "base")
-    }
-    known = get_args(get_type_hints(Config)["dataset"])
-    require(
-        names["dataset"] in known,
-        f"--dataset must be one of {', '.join(known)}",
-        names["dataset"],
-    )
-    if names["method"] == "base":
-        names["method"] = "sgd"
-    default = suitable(**names, model=first.model or given.get("model"))
+    if first["resume"] and first["out"] and (first["out"] / "config.json").is_file():
+        given |= read_settings(first["out"] / "config.json", kind)
+    if first["config"]:
+        given |= read_settings(first["config"], kind)
+    known = {name: first[name] or given.get(name) for name in names}
+    if known["method"] == "base":
+        known["method"] = "sgd"
     # Checked as if they stood on the command line, before what does.
     from_file = [arg for name, value in given.items() for arg in _as_args(name, value)]
-    config: Config = tyro.cli(Config, default=default, args=[*from_file, *args])
-    return dataclasses.replace(config, method=names["method"])
+    config = tyro.cli(kind, default=suitable(**known), args=[*from_file, *args])
+    if config.method == "base":
+        config = dataclasses.replace(config, method="sgd")
+    return config
 
 
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """What has to be known before the defaults are."""
-
-    dataset: str | None
-    method: str | None
-    base: str | None
-    model: str | None
-    config: Path | None
-    out: Path | None
-    resume: bool | None
-
-    @classmethod
-    def parse(cls, args: Sequence[str]) -> "_Names":
-        parser = argparse.ArgumentParser(
-            add_help=False, allow_abbrev=False, exit_on_error=False
-        )
-        for name in ("dataset", "method", "base", "model"):
-            parser.add_argument(f"--{name}")
-        for name in ("config", "out"):
-            parser.add_argument(f"--{name}", type=Path)
-        parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
-        try:
-            return cls(**vars(parser.parse_known_args(args)[0]))
-        except argparse.ArgumentError:  # The whole command line will be refused.
-            return cls(*[None] * 7)
+def _first(args: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """What has to be known before the defaults are, None where it is not given."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    for name in names:
+        parser.add_argument(f"--{name.replace('_', '-')}")
+    for name in ("config", "out"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    try:
+        return vars(parser.parse_known_args(args)[0])
+    except argparse.ArgumentError:  # The whole command line will be refused.
+        return dict.fromkeys((*names, "config", "out", "resume"))
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON or TOML file, by name.
+def read_settings(path: Path, kind: type[RunOptions]) -> dict[str, Any]:
+    """The settings in a JSON or TOML file, by name, of a kind of configuration.
 
     Raises:
       ValueError: if it cannot be read, is neither, or has something else in it.
@@ -93,7 +91,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON or TOML file ({error}).") from error
-    fields = [field.name for field in dataclasses.fields(Config)]
+    fields = [field.name for field in dataclasses.fields(kind)]
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON or TOML file of settings by name.")
     content = {name.replace("-", "_"): value for name, value in content.items()}

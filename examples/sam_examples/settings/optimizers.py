@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -12,8 +13,11 @@ import optax.contrib
 BASE_HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {"sgd": {"momentum": 0.9}}
 
 
+Schedule = Literal["cosine", "inverse_sqrt", "constant"]
+
+
 def make_schedule(
-    kind: Literal["cosine", "constant"],
+    kind: Schedule,
     learning_rate: float,
     num_steps: int,
     num_warmup_steps: int = 0,
@@ -21,16 +25,33 @@ def make_schedule(
     """A learning rate that rises from 0 over some steps, if any, and then falls or not.
 
     Args:
-      kind: "cosine" falls to 0 along half a cosine.
+      kind: "cosine" falls to 0 along half a cosine, "inverse_sqrt" as
+        `sqrt(num_warmup_steps / step)` (Vaswani et al., 2017, arXiv 1706.03762, eq. 3).
       learning_rate: the largest one.
       num_steps: length of the training, the warm-up included.
       num_warmup_steps: length of the warm-up, in which it rises along a line.
+
+    Raises:
+      ValueError: if "inverse_sqrt" has no warm-up.
     """
-    schedule = (
-        optax.cosine_decay_schedule(learning_rate, num_steps - num_warmup_steps)
-        if kind == "cosine"
-        else optax.constant_schedule(learning_rate)
-    )
+    if kind == "inverse_sqrt" and not num_warmup_steps:
+        raise ValueError(
+            "--schedule inverse_sqrt needs a step of warm-up at least, from which on "
+            "the learning rate falls; give --warmup-epochs."
+        )
+
+    def inverse_sqrt(count: Any) -> Any:
+        # Optax asks for steps of the warm-up too, negative ones, and drops the answer.
+        step = num_warmup_steps + jnp.maximum(count, 0)
+        return learning_rate * jnp.sqrt(num_warmup_steps / step)
+
+    schedule = {
+        "cosine": optax.cosine_decay_schedule(
+            learning_rate, num_steps - num_warmup_steps
+        ),
+        "inverse_sqrt": inverse_sqrt,
+        "constant": optax.constant_schedule(learning_rate),
+    }[kind]
     if not num_warmup_steps:
         return schedule
     warmup = optax.linear_schedule(0.0, learning_rate, num_warmup_steps)

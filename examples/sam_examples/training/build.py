@@ -17,6 +17,7 @@ from sam_examples.settings.command_line import NoisyDigits, require
 from sam_examples.settings.config import Config
 from sam_examples.settings.methods import make_ascent, sharpen
 from sam_examples.settings.optimizers import make_base, make_schedule
+from sam_examples.settings.run_options import RunOptions
 from sam_examples.training.step import LossFn, make_loss_fn
 
 
@@ -78,7 +79,7 @@ class Optimizer:
     """
 
     def __init__(
-        self, config: Config, values: Mapping[str, Any], steps_per_epoch: int
+        self, config: RunOptions, values: Mapping[str, Any], steps_per_epoch: int
     ) -> None:
         """Makes it.
 

@@ -5,38 +5,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 
 from optax_sam import diagnostics
-from sam_examples.data import (
-    Dataset,
-    ImageFolder,
-    Split,
-    prefetched,
-    training_batches,
-)
+from sam_examples.data import prefetched
 from sam_examples.reporting.metrics import MetricsWriter
-from sam_examples.settings.config import OF_THE_MACHINE, Config, as_json
+from sam_examples.settings.run_options import RunOptions, as_json
 from sam_examples.training.build import Optimizer
 from sam_examples.training.checkpoints import Checkpoints, Progress, checksum
 from sam_examples.training.step import Metrics
+from sam_examples.training.task import Task, num_examples
 from sam_examples.training.trainer import Trainer, next_batches
 
-# Bounds what a call's batches take, on the host and on the device.
-BYTES_PER_CALL = 2**26
 # Speeds are medians over so many calls, the latest.
 MOST_TIMES = 1000
-
-
-def steps_per_call(num_steps: int, at_most: int = 16) -> int:
-    """The most steps of one call that divide an epoch evenly: one shape, one compile.
-
-    Args:
-      num_steps: steps of an epoch.
-      at_most: bounds how long nothing is heard of a call.
-    """
-    return max(d for d in range(1, at_most + 1) if num_steps % d == 0)
 
 
 class Run:
@@ -53,31 +35,17 @@ class Run:
 
     def __init__(
         self,
-        config: Config,
-        dataset: Dataset,
-        model: nn.Module,
+        config: RunOptions,
+        task: Task,
         optimizer: Optimizer,
         devices: int,
     ) -> None:
         """Draws the parameters, and opens the data."""
-        self._config, self._dataset = config, dataset
+        self._config, self._task = config, task
         self._optimizer = optimizer
-        self.trainer = Trainer(config, dataset, model, optimizer, devices)
-        batches = training_batches(
-            dataset.train,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            seed=config.seed,
-        )
-        self.num_steps = len(batches)
-        self._steps_per_epoch = self.num_steps // config.epochs
-        size = config.batch_size * 4 * int(np.prod(dataset.train.image_shape))
-        self._batches = prefetched(
-            batches,
-            steps_per_call=steps_per_call(
-                self._steps_per_epoch, at_most=min(16, max(1, BYTES_PER_CALL // size))
-            ),
-        )
+        self.trainer = Trainer(config, task, optimizer, devices)
+        self.num_steps = task.num_steps
+        self._batches = prefetched(task.batches, steps_per_call=task.steps_per_call)
         self._data = self._batches.get_state()
         self._calls: list[list[float]] = []
         self._pending: tuple[Metrics, int, int] | None = None
@@ -94,12 +62,12 @@ class Run:
     @property
     def epoch(self) -> int:
         """How many epochs are done."""
-        return self.steps // self._steps_per_epoch
+        return self.steps // self._task.steps_per_epoch
 
     @property
     def at_end_of_epoch(self) -> bool:
         """Whether the last step was that of an epoch."""
-        return self.steps % self._steps_per_epoch == 0
+        return self.steps % self._task.steps_per_epoch == 0
 
     def advance(self, bar: Any, writer: MetricsWriter) -> None:
         """Makes a call of the compiled function, and reports the one before it.
@@ -113,7 +81,7 @@ class Run:
         self._data = self._batches.get_state()
         metrics = self.trainer.train(batches)
         self.collect(bar, writer)
-        self._pending = metrics, self.steps, len(batches.labels)
+        self._pending = metrics, self.steps, num_examples(batches)
         self.compiled = True
 
     def collect(self, bar: Any, writer: MetricsWriter) -> None:
@@ -131,20 +99,20 @@ class Run:
         means = call_means(self._calls[-1:])
         figures = {name: f"{mean:.3f}" for name, mean in means.items()}
         if self.step_seconds:
-            figures["images/s"] = f"{self.images_per_second:,.0f}"
+            figures[f"{self._task.unit}/s"] = f"{self.units_per_second:,.0f}"
         bar.set_postfix(figures, refresh=False)
         bar.update(size)
         writer.write_steps(step, means)
 
     @property
-    def images_per_second(self) -> float:
-        """How many images are trained on; the median over calls."""
-        return self._config.batch_size / float(np.median(self.step_seconds))
+    def units_per_second(self) -> float:
+        """How many images or the like are trained on; by the median over calls."""
+        return self._task.units_per_step / float(np.median(self.step_seconds))
 
     def compile_evaluation(self) -> None:
-        """Compiles what `end_epoch` calls, by calling it for a single image."""
-        if len(self._dataset.valid.labels):
-            self.trainer.evaluate(self._dataset.valid.take(np.arange(1)))
+        """Compiles what `end_epoch` calls, by calling it for a few examples."""
+        if self._task.sample is not None:
+            self.trainer.evaluate(self._task.sample)
         if self._measures:
             self.trainer.measure()
         self.evaluation_compiled = True
@@ -158,8 +126,8 @@ class Run:
         """Evaluates, measures the ascent if it is time to, and adds to the curves."""
         means = call_means(self._calls)
         valid_loss, valid_accuracy = None, None
-        if len(self._dataset.valid.labels):
-            valid_loss, valid_accuracy = self.trainer.evaluate(self._dataset.valid)
+        if self._task.valid is not None:
+            valid_loss, valid_accuracy = self.trainer.evaluate(self._task.valid)
         row: dict[str, float | None] = {
             "step": self.steps,
             "learning_rate": float(self._optimizer.learning_rate(self.steps - 1)),
@@ -177,10 +145,6 @@ class Run:
         for name in {**self.curves, **row}:
             self.curves.setdefault(name, [None] * epochs).append(row.get(name))
         self._calls = []
-
-    def test_accuracy(self) -> float:
-        """Accuracy of the parameters as they are, on the test split."""
-        return self.trainer.evaluate(self._dataset.test)[1]
 
     def save(self, checkpoints: Checkpoints, settings: Mapping[str, Any]) -> None:
         """Writes a checkpoint of what was done so far, unless there is one."""
@@ -217,23 +181,17 @@ def call_means(calls: list[list[float]]) -> dict[str, float]:
 
 
 def training_settings(
-    config: Config, chosen: Mapping[str, Any], dataset: Dataset
+    config: RunOptions, chosen: Mapping[str, Any], content: Any
 ) -> dict[str, Any]:
     """All that the outcome of a training depends on, as it is in JSON.
 
-    The images and labels count, and not where they were read from.
+    Args:
+      config: all settings.
+      chosen: the method's hyperparameters.
+      content: the data, a tree of arrays and strings, wherever it was read from.
     """
     settings = {**as_json(config), **chosen}
-    for name in (*OF_THE_MACHINE, "hyperparameters"):
+    for name in (*config.of_the_machine, "hyperparameters"):
         del settings[name]
-    settings["checksum of the data"] = checksum(
-        [_content(split) for split in (dataset.train, dataset.valid, dataset.test)]
-    )
+    settings["checksum of the data"] = checksum(content)
     return settings
-
-
-def _content(split: Split | ImageFolder) -> Any:
-    if isinstance(split, Split):
-        return split
-    # Of images on the disk, which may be many gigabytes, their names stand for them.
-    return split.labels, "\n".join(split.files)

@@ -52,9 +52,28 @@ class Metrics(NamedTuple):
 
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]
 InitState = Callable[[int, optax.GradientTransformation], TrainState]
-# step(state, batch, key) and prepare(batch, key), see make_step.
-Step = Callable[[TrainState, Split, jax.Array], tuple[TrainState, Metrics]]
-Prepare = Callable[[Split, jax.Array], tuple[Split, jax.Array]]
+# step(state, batch, key), see make_step.
+Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+Prepare = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """What a training step minimises.
+
+    Attributes:
+      loss_fn: `loss_fn(params, batch, batch_stats, key) -> losses, auxiliary`, see
+        `make_loss_fn`.
+      scoring_loss_fn: `scoring_loss_fn(params, batch, batch_stats, key) -> losses`, see
+        `make_scoring_loss_fn`.
+      prepare: `prepare(batch, key) -> batch, key`, what the step does to a batch first.
+      ascent_loss_fn: takes the place of the loss in the clean pass, whose gradients
+        then only set the perturbation; None if none does.
+    """
+
+    loss_fn: LossFn
+    scoring_loss_fn: Callable[..., jax.Array]
+    prepare: Prepare
+    ascent_loss_fn: LossFn | None = None
 
 
 def make_loss_fn(model: nn.Module) -> LossFn:
@@ -132,24 +151,35 @@ def make_step(
       tx: the optimizer, sharpness-aware or not.
       prepare: what the step does to a batch first, see `make_prepare`; by default the
         batch is as the model takes it.
-      ascent_loss_fn: takes the place of the loss in the clean pass, whose gradients
-        then only set the perturbation; by default none does.
+      ascent_loss_fn: see `Objective`.
       batch_sharding: how each batch is shared among devices, where state and batch are
         on more than one.
     """
-    same_loss = ascent_loss_fn is None
+    objective = Objective(
+        make_loss_fn(model), make_scoring_loss_fn(model), prepare, ascent_loss_fn
+    )
+    return make_step_of(objective, tx, batch_sharding)
+
+
+def make_step_of(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    batch_sharding: jax.sharding.Sharding | None = None,
+) -> Step:
+    """Makes the step of `make_step` for any objective."""
+    same_loss = objective.ascent_loss_fn is None
     step_fn = optax_sam.value_and_update(
-        make_loss_fn(model),
+        objective.loss_fn,
         tx,
         has_aux=True,
-        ascent_loss_fn=ascent_loss_fn,
-        scoring_loss_fn=make_scoring_loss_fn(model),
+        ascent_loss_fn=objective.ascent_loss_fn,
+        scoring_loss_fn=objective.scoring_loss_fn,
     )
 
     def step(
-        state: TrainState, batch: Split, key: jax.Array
+        state: TrainState, batch: Any, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        batch, dropout_key = prepare(batch, key)
+        batch, dropout_key = objective.prepare(batch, key)
         if batch_sharding is not None:
             constrain: Any = jax.lax.with_sharding_constraint
             batch = constrain(batch, batch_sharding)

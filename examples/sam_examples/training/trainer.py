@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optax_sam import diagnostics
-from sam_examples.data import Dataset, Split, evaluation_batches, prefetched
+from sam_examples.data import prefetched
 from sam_examples.devices.sharding import (
     AXIS,
     by_examples,
@@ -21,23 +20,17 @@ from sam_examples.devices.sharding import (
     replicated,
 )
 from sam_examples.settings.command_line import one_line_errors
-from sam_examples.settings.config import Config
-from sam_examples.training.build import Optimizer, make_ascent_loss_fn
-from sam_examples.training.evaluation import make_evaluate_batch
+from sam_examples.settings.run_options import RunOptions
+from sam_examples.training.build import Optimizer
 from sam_examples.training.step import (
-    LossFn,
     Metrics,
-    Prepare,
+    Objective,
     TrainState,
-    make_init,
-    make_loss_fn,
-    make_prepare,
-    make_scoring_loss_fn,
-    make_step,
+    make_step_of,
     make_train_steps,
 )
+from sam_examples.training.task import Evaluation, Task, num_examples
 
-EVALUATION_BATCH = 512
 _fold_in_each: Any = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
@@ -51,9 +44,8 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
-        dataset: Dataset,
-        model: nn.Module,
+        config: RunOptions,
+        task: Task,
         optimizer: Optimizer,
         num_devices: int,
     ) -> None:
@@ -61,29 +53,21 @@ class Trainer:
         self._mesh = make_mesh(num_devices)
         self._key = jax.random.key(config.seed)
         self._optimizer = optimizer
-        self.state = self._init(config, dataset, model)
+        self.state = self._init(config, task)
         self.count = 0
-        ascent_loss_fn = make_ascent_loss_fn(config, dataset)
-        prepare = make_prepare(dataset, config.augment)
-        step = make_step(
-            model,
-            optimizer.tx,
-            prepare,
-            ascent_loss_fn=ascent_loss_fn,
-            batch_sharding=by_examples(self._mesh),
-        )
+        step = make_step_of(task.objective, optimizer.tx, by_examples(self._mesh))
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self._train = make_train_steps(
             step, out_shardings=(shardings, replicated(self._mesh))
         )
-        self._evaluate = jax.jit(make_evaluate_batch(model, dataset))
+        self._evaluate: Any = jax.jit(task.evaluate)
         self._measure = None
         if optimizer.ascent is not None:
-            self._measure = make_measure(model, optimizer, prepare, ascent_loss_fn)
+            self._measure = make_measure(task.objective, optimizer)
 
-    def _init(self, config: Config, dataset: Dataset, model: nn.Module) -> TrainState:
+    def _init(self, config: RunOptions, task: Task) -> TrainState:
         everywhere = replicated(self._mesh)
-        drawn = make_init(model, dataset)(config.seed, optax.identity())
+        drawn = task.init(config.seed, optax.identity())
         params = of_params(self._mesh, drawn.params, config.fully_sharded)
         drawn = TrainState(
             jax.device_put(drawn.params, params),
@@ -93,13 +77,13 @@ class Trainer:
         init = make_opt_init(config, self._optimizer.tx, drawn.params, params)
         return drawn._replace(opt_state=init(drawn.params))
 
-    def train(self, batches: Split) -> Metrics:
+    def train(self, batches: Any) -> Metrics:
         """Takes a step on each of `batches[steps, batch_size, ...]`.
 
         The metrics are means over the steps; they may not be computed yet.
         """
         batches = self._place(batches, None, AXIS)
-        keys = self._step_keys(len(batches.labels))
+        keys = self._step_keys(num_examples(batches))
         self.state, metrics = self._train(self.state, batches, keys)
         self.count += len(keys)
         self._latest = batches, keys
@@ -113,19 +97,18 @@ class Trainer:
         measured = self._measure(self.state, *self._latest)
         return {name: float(value) for name, value in measured._asdict().items()}
 
-    def evaluate(self, split: Any) -> tuple[float, float]:
-        """Mean loss and accuracy on a split, of the parameters as they are."""
-        size = -(-EVALUATION_BATCH // self._mesh.size) * self._mesh.size
+    def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
+        """Mean loss and accuracy of the parameters as they are."""
         total = [0.0, 0.0]
         state = self.state
-        batches = prefetched(evaluation_batches(split, batch_size=size))
+        batches = prefetched(evaluation.batches)
         while (stacked := next_batches(batches)) is not None:
             batch = jax.tree.map(lambda x: x[0], stacked)  # One batch in each call.
             inputs = self._place(batch, AXIS)
             sums = self._evaluate(state.params, state.batch_stats, *inputs)
             total = [total[0] + float(sums.loss), total[1] + float(sums.accuracy)]
         batches.close()
-        loss, accuracy = (x / len(split.labels) for x in total)
+        loss, accuracy = (x / evaluation.total for x in total)
         return loss, accuracy
 
     def _step_keys(self, steps: int) -> jax.Array:
@@ -147,7 +130,7 @@ def next_batches(batches: Iterator[Any]) -> Any:
 
 
 def make_opt_init(
-    config: Config, tx: optax.GradientTransformation, params: Any, shardings: Any
+    config: RunOptions, tx: optax.GradientTransformation, params: Any, shardings: Any
 ) -> Any:
     """Makes `init(params) -> opt_state`, compiled; places lie as their parameters do.
 
@@ -165,30 +148,26 @@ def make_opt_init(
     return jax.jit(tx.init, out_shardings=state)
 
 
-def make_measure(
-    model: nn.Module,
-    optimizer: Optimizer,
-    prepare: Prepare,
-    ascent_loss_fn: LossFn | None,
-) -> Any:
+def make_measure(objective: Objective, optimizer: Optimizer) -> Any:
     """Makes `measure(state, batches, keys) -> AscentMetrics`, compiled.
 
-    It is that of the last of the batches, as its step sees it: of all its images
+    It is that of the last of the batches, as its step sees it: of all its examples
     together, or the mean over those that ascend together.
     """
     of_batch = diagnostics.ascent_metrics(
-        make_loss_fn(model),
+        objective.loss_fn,
         optimizer.ascent,
         has_aux=True,
-        ascent_loss_fn=ascent_loss_fn,
-        scoring_loss_fn=make_scoring_loss_fn(model),
+        ascent_loss_fn=objective.ascent_loss_fn,
+        scoring_loss_fn=objective.scoring_loss_fn,
     )
 
-    def measure(state: TrainState, batches: Split, keys: jax.Array) -> Any:
-        batch, dropout_key = prepare(batches.take(-1), keys[-1])
+    def measure(state: TrainState, batches: Any, keys: jax.Array) -> Any:
+        last = jax.tree.map(lambda x: x[-1], batches)
+        batch, dropout_key = objective.prepare(last, keys[-1])
         size = optimizer.micro_batch_size
 
-        def of_part(part: Split) -> Any:
+        def of_part(part: Any) -> Any:
             return of_batch(
                 state.params, state.opt_state, part, state.batch_stats, dropout_key
             )
