@@ -97,8 +97,8 @@ def _main(args: Sequence[str] | None) -> None:
         settings = training_settings(config, chosen, [content_of(s) for s in splits])
         progress = find_progress(checkpoints, settings, resume=config.resume)
         model = make_network(config, dataset)
-        check_layers(config, dataset, model)
         task = make_image_task(config, dataset, model, devices)
+        check_layers(config, task)
         run = Run(config, task, optimizer, devices)
         if progress is not None:
             run.resume(checkpoints, progress)

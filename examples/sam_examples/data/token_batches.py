@@ -72,6 +72,19 @@ class EncodedPairs(NamedTuple):
         empty = ((0, shape.rows - len(rows)), (0, 0))
         return TokenBatch(*(np.pad(s.padded(rows, shape.length), empty) for s in self))
 
+    def cut_off(self, length: int) -> "EncodedPairs":
+        """The pairs with at most so many tokens of each sentence, the last included."""
+        return EncodedPairs(*(_cut_off(sequences, length) for sequences in self))
+
+
+def _cut_off(sequences: Sequences, length: int) -> Sequences:
+    sizes = sequences.lengths
+    if np.all(sizes <= length):
+        return sequences
+    rows = sequences.padded(np.arange(len(sizes)), length)
+    shorter = np.minimum(sizes, length)
+    return Sequences.of([row[:size] for row, size in zip(rows, shorter, strict=True)])
+
 
 def _take(sequences: Sequences, rows: np.ndarray) -> Sequences:
     starts, ends = sequences.ends - sequences.lengths, sequences.ends

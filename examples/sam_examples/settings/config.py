@@ -127,15 +127,24 @@ def suitable(**names: str | None) -> Config:
 
 def default_hyperparameters(config: Config, steps_per_epoch: int) -> Hyperparameters:
     """What replaces the defaults of `METHODS`, which are those for the digits."""
-    of_dataset: dict[str, dict[str, Any]] = {"between": {}}
-    if config.dataset != "digits":
-        rho = {"cifar10": 1.0, "cifar100": 2.0, "imagenet": 0.5}[config.dataset]
-        for method, values in CIFAR10_HYPERPARAMETERS.items():
-            of_dataset[method] = {**values, "rho": rho * values["rho"]}
-            if "refresh_every" in METHODS[method]:
-                of_dataset[method]["refresh_every"] = steps_per_epoch
-    of_dataset["between"]["first"] = config.epochs * steps_per_epoch // 2
-    return of_dataset
+    steps = steps_per_epoch
+    if config.dataset == "digits":
+        return {"between": {"first": config.epochs * steps // 2}}
+    rho = {"cifar10": 1.0, "cifar100": 2.0, "imagenet": 0.5}[config.dataset]
+    return scaled_hyperparameters(rho, config.epochs, steps)
+
+
+def scaled_hyperparameters(
+    rho: float, epochs: int, steps_per_epoch: int
+) -> Hyperparameters:
+    """Those for CIFAR-10, with radii so many times as large, for such a training."""
+    scaled: dict[str, dict[str, Any]] = {}
+    for method, values in CIFAR10_HYPERPARAMETERS.items():
+        scaled[method] = {**values, "rho": rho * values["rho"]}
+        if "refresh_every" in METHODS[method]:
+            scaled[method]["refresh_every"] = steps_per_epoch
+    scaled["between"]["first"] = epochs * steps_per_epoch // 2
+    return scaled
 
 
 def load(config: Config) -> Dataset:

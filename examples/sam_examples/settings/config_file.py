@@ -1,7 +1,7 @@
 """Where the settings of a run come from.
 
 Each comes from the first of these that has it: the command line, the file given by
---config or, with --resume, that of the run, and what suits the data.
+--config or, with --resume or --translate, that of the run, and what suits the data.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def parse_as(
     """
     first = _first(args, names)
     given: dict[str, Any] = {}
-    if first["resume"] and first["out"] and (first["out"] / "config.json").is_file():
+    uses_run = (first["resume"] or first.get("translate")) and first["out"]
+    if uses_run and (first["out"] / "config.json").is_file():
         given |= read_settings(first["out"] / "config.json", kind)
     if first["config"]:
         given |= read_settings(first["config"], kind)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 import optax_sam
 from optax_sam import implicit
@@ -19,6 +20,7 @@ from sam_examples.settings.methods import make_ascent, sharpen
 from sam_examples.settings.optimizers import make_base, make_schedule
 from sam_examples.settings.run_options import RunOptions
 from sam_examples.training.step import LossFn, make_loss_fn
+from sam_examples.training.task import Task
 
 
 def make_network(
@@ -59,13 +61,11 @@ def make_network(
     return model
 
 
-def check_layers(config: Config, dataset: Dataset, model: nn.Module) -> None:
+def check_layers(config: RunOptions, task: Task) -> None:
     """Raises a ValueError if the model has none of the layers to perturb."""
     if config.perturb:
-        image = jnp.zeros((1, *dataset.train.image_shape))
-        init = partial(model.init, train=False)
-        params = jax.eval_shape(init, jax.random.key(0), image)["params"]
-        optax_sam.select_layers(*config.perturb)(params)
+        init = partial(task.init, config.seed, optax.identity())
+        optax_sam.select_layers(*config.perturb)(jax.eval_shape(init).params)
 
 
 class Optimizer:
