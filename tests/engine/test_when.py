@@ -306,11 +306,13 @@ def test_inside_pmap():
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("x64")
 def test_seeds_side_by_side():
     """The condition is then one of each, and both branches run."""
     tx = METHODS["look_sam"](EVERY)
     run = problems.training(tx, SMALL, 5)
-    params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), SMALL.params)
+    # In float64, since LookSAM's direction magnifies the rounding of a small part.
+    params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]).astype(float), SMALL.params)
     found = jax.jit(jax.vmap(lambda p: run(p, tx.init(p))))(params)
     for i in range(2):
         one, actual = (jax.tree.map(lambda x, i=i: x[i], t) for t in (params, found))
