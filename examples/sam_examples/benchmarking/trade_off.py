@@ -12,7 +12,12 @@ import tyro
 from tqdm import tqdm
 
 from sam_examples.benchmarking.configurations import SAM, SGD, Configuration
-from sam_examples.benchmarking.measure import in_turns, stepping, time_ratio
+from sam_examples.benchmarking.measure import (
+    in_turns,
+    mean_time_ratio,
+    stepping,
+    time_ratio,
+)
 from sam_examples.benchmarking.study import Digits, Runs, best_rho
 from sam_examples.reporting.figures import plot_accuracy_over_time
 from sam_examples.reporting.tables import print_trade_off
@@ -140,10 +145,9 @@ class Study:
         seconds = in_turns(turns, self.options.timing_rounds)
         ratios = {}
         for name in turns:
-            ratios[name] = time_ratio(seconds, name, SGD)
-            if self.configuration(name).ascend_when is not None:
-                # Rounds differ by how many of their steps ascend.
-                ratios[name] = float(np.mean(seconds[name] / seconds[SGD]))
+            differ = self.configuration(name).ascend_when is not None
+            ratio = mean_time_ratio if differ else time_ratio
+            ratios[name] = ratio(seconds, name, SGD)
         sgd = float(np.median(seconds[SGD])) / len(epoch.keys)
         return {"sgd_seconds": sgd, "load": os.getloadavg()[0], **ratios}
 
