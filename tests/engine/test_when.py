@@ -320,10 +320,11 @@ def test_seeds_side_by_side():
         problems.assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")  # As for seeds side by side.
 def test_in_a_scan_with_donated_state():
     tx = METHODS["look_sam"](EVERY)
     run = problems.training(tx, SMALL, 7)
-    params = jax.tree.map(jnp.asarray, SMALL.params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, float), SMALL.params)
     expected = run(params, tx.init(params))
     step = jax.jit(optax_sam.value_and_update(SMALL.loss_fn, tx), donate_argnums=1)
     state = jax.jit(tx.init)(params)
@@ -335,13 +336,16 @@ def test_in_a_scan_with_donated_state():
     problems.assert_trees_close((params, state), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")  # As for seeds side by side.
 def test_hyperparameters_that_are_injected():
     """As arrays that are traced, the period of LookSAM among them."""
     given = {"rho": 0.1, "every": 3, "alpha": 0.5}
     tx = optax.inject_hyperparams(optax_sam.look_sam)(BASE, **given)
-    actual, state = problems.train(tx, SMALL, 7)
+    params = jax.tree.map(lambda x: jnp.asarray(x, float), SMALL.params)
+    problem = SMALL._replace(params=params)
+    actual, state = problems.train(tx, problem, 7)
     plain = optax_sam.look_sam(BASE, **given)
-    expected = problems.train(plain, SMALL, 7)
+    expected = problems.train(plain, problem, 7)
     problems.assert_trees_close(
         (actual, state.inner_state), expected, rtol=1e-5, atol=1e-6
     )
