@@ -159,6 +159,7 @@ def test_steps_are_refused_in_one_line(main, option, message, capsys):
         ("finite_difference.py", "--json"),
         ("sparse_accuracy.py", "--configurations"),
         ("reweight_accuracy.py", "--configurations"),
+        ("time_accuracy.py", "--configurations"),
     ],
 )
 def test_a_benchmark_runs_as_a_script(script, option):

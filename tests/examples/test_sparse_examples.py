@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 import static_masks
-from benchmarks import sparse_accuracy
+from benchmarks import sparse_accuracy, time_accuracy
 from example_support import check_refusal, make_dataset, results
 from sam_examples.analysis.layers import layers_of
-from sam_examples.benchmarking import study
+from sam_examples.benchmarking import measure, study
 from sam_examples.benchmarking.configurations import CONFIGURATIONS, SAM, SGD
+from sam_examples.benchmarking.prices import ONE, SOME
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
 from sam_examples.training.epochs import draw_epoch
@@ -117,6 +118,25 @@ def test_the_study_writes_a_table_and_plots_and_repeats_nothing(
     with pytest.raises(SystemExit, match="2"):
         sparse_accuracy.main([*options, "--skip-timing", "--noise", "0.1"])
     assert "or another --out" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_the_study_of_prices_times_steps_that_ascend_now_and_then(tmp_path):
+    names = [SGD, "Momentum-SAM", "LookSAM-2, alpha 0.7", "SAM, late half"]
+    sizes = ["--epochs", "1", "--width", "2", "--seeds", "1", "--tuning-seeds", "1"]
+    timing = ["--timing-widths", "2", "--timing-rounds", "2"]
+    out = ["--out", str(tmp_path / "run")]
+    time_accuracy.main([*sizes, *out, *timing, "--configurations", *names])
+    found = results(tmp_path / "run")
+    kinds = {name: row["kind"] for name, row in found["rows"].items()}
+    assert kinds == dict(zip(names, ["dense", ONE, SOME, SOME], strict=True))
+    assert all(math.isfinite(found["times"]["2"][name]) for name in names)
+
+
+def test_a_mean_of_ratios_is_not_moved_by_outliers():
+    seconds = {"a": np.array([1.0] * 10 + [3.0] * 9 + [900.0]), "b": np.ones(20)}
+    assert measure.mean_time_ratio(seconds, "a", "b") == (8 * 1 + 8 * 3) / 16
+    assert measure.mean_time_ratio(seconds, "b", "b") == 1
 
 
 @pytest.mark.parametrize(
