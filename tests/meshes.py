@@ -86,6 +86,22 @@ def over_devices(step, *, check_vma=True):
     )
 
 
+def train_in_pmap(tx, steps=7):
+    """Parameters and state after some steps of `pmap`, kept by the host in between."""
+    step = jax.pmap(
+        make_step(tx, axis_name="data"),
+        axis_name="data",
+        in_axes=(None, None, 0),
+        out_axes=None,
+    )
+    batch = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), PROBLEM.batch)
+    params, state = PROBLEM.params, tx.init(PROBLEM.params)
+    for _ in range(steps):
+        _, updates, state = step(params, state, batch)
+        params = jax.device_get(optax.apply_updates(params, updates))
+    return params, state
+
+
 def base():
     return optax.sgd(0.1, momentum=0.9)
 

@@ -122,13 +122,8 @@ def remove_common_direction(
     decay_at = as_schedule(owner, "decay", decay, high=1.0)
 
     def init_fn(params: optax.Params) -> RemoveCommonDirectionState:
-        def zeros(p: Any) -> jax.Array:
-            dtype = trees.accumulator_dtype(jnp.result_type(p))
-            return jnp.zeros_like(p, dtype=dtype)
-
-        return RemoveCommonDirectionState(
-            count=jnp.zeros([], jnp.int32), common=jax.tree.map(zeros, params)
-        )
+        count = jnp.zeros([], jnp.int32)
+        return RemoveCommonDirectionState(count, common=trees.accumulators(params))
 
     def update_fn(
         updates: optax.Updates,

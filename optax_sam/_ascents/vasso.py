@@ -142,15 +142,9 @@ def suppress_variance(
         accumulator_dtype = _floating_dtype(owner, accumulator_dtype)
 
     def init_fn(params: optax.Params) -> SuppressVarianceState:
-        def zeros(p: Any) -> jax.Array:
-            dtype = accumulator_dtype
-            if dtype is None:
-                dtype = trees.accumulator_dtype(jnp.result_type(p))
-            return jnp.zeros_like(p, dtype=dtype)
-
-        return SuppressVarianceState(
-            count=jnp.zeros([], jnp.int32), direction=jax.tree.map(zeros, params)
-        )
+        count = jnp.zeros([], jnp.int32)
+        direction = trees.accumulators(params, accumulator_dtype)
+        return SuppressVarianceState(count, direction)
 
     def update_fn(
         updates: optax.Updates,

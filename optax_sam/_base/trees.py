@@ -53,6 +53,16 @@ def accumulator_dtype(dtype: chex.ArrayDType) -> chex.ArrayDType:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def accumulators(tree: chex.ArrayTree, dtype: Any = None) -> chex.ArrayTree:
+    """Zeros to accumulate a tree in, of a dtype or, without, in float32 or wider."""
+
+    def zeros(x: Any) -> jax.Array:
+        own = accumulator_dtype(jnp.result_type(x)) if dtype is None else dtype
+        return jnp.zeros_like(x, dtype=own)
+
+    return jax.tree.map(zeros, tree)
+
+
 def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     """Casts every leaf of `tree` to the dtype of its counterpart in `like`."""
     return map_present(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)

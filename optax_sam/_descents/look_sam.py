@@ -134,13 +134,8 @@ def reuse_ascent(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraAr
     alpha_at = as_schedule(owner, "alpha", alpha)
 
     def init_fn(params: optax.Params) -> ReuseAscentState:
-        def zeros(p: Any) -> jax.Array:
-            dtype = trees.accumulator_dtype(jnp.result_type(p))
-            return jnp.zeros_like(p, dtype=dtype)
-
-        return ReuseAscentState(
-            count=jnp.zeros([], jnp.int32), direction=jax.tree.map(zeros, params)
-        )
+        count = jnp.zeros([], jnp.int32)
+        return ReuseAscentState(count, direction=trees.accumulators(params))
 
     def update_fn(
         updates: optax.Updates,

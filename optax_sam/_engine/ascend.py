@@ -68,7 +68,7 @@ class Ascent:
         leaves, structure = jax.tree.flatten(gradient)
         clean = {name: arguments[name] for name in _CLEAN if name in arguments}
         kept, kept_structure = jax.tree.flatten(arguments.get("base_state"))
-        noted = _noting_calls(arguments)
+        noted = {n: _Noting(arguments[n]) for n in ("pullback",) if n in arguments}
 
         def update(
             condition: jax.Array,
@@ -148,7 +148,7 @@ class Ascent:
 
 
 class _Noting:
-    """A function that notes whether it was called."""
+    """A function that notes whether an ascent has called it."""
 
     def __init__(self, fn: Any) -> None:
         self._fn, self.called = fn, False
@@ -156,11 +156,6 @@ class _Noting:
     def __call__(self, *args: Any) -> Any:
         self.called = True
         return self._fn(*args)
-
-
-def _noting_calls(arguments: dict[str, Any]) -> dict[str, _Noting]:
-    """What an ascent may call for a gradient of the clean pass."""
-    return {n: _Noting(fn) for n, fn in arguments.items() if n == "pullback"}
 
 
 class _Advance:

@@ -32,7 +32,7 @@ def check_directions(
 ) -> None:
     """Refuses an ascent that leads downhill, and a base that leads uphill.
 
-    Warns of an ascent that gives the gradient back.
+    Warns of an ascent that gives the gradient back, or has several lengths.
 
     Args:
       owner: The function that the user called.
@@ -46,7 +46,14 @@ def check_directions(
     _check_has_no_descent(owner, state.ascent_state)
     links = _links(state.ascent_state)
     are_own = all(map(_is_of_this_package, links))
-    if not (are_own and any(getattr(link, "sets_length", False) for link in links)):
+    lengths = sum(getattr(link, "sets_length", False) for link in links)
+    if lengths > 1:
+        warnings.warn(
+            f"{owner}: {lengths} links of the ascent give the perturbation a length, "
+            "and that of the last one counts; leave the others out.",
+            stacklevel=3,
+        )
+    if not (are_own and lengths):
         _check_ascent(owner, are_own, *_tried(ascent, state.ascent_state, params))
     if _found(_is_of_an_ascent, state.base_state):
         _check_base(owner, *_tried(base, state.base_state, params))

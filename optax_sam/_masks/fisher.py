@@ -89,9 +89,7 @@ def fisher_diagonal(
         of_examples = jax.vmap(squares)(*chunk)
         return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, of_examples)
 
-    total = jax.tree.map(
-        lambda p: jnp.zeros_like(p, trees.accumulator_dtype(jnp.result_type(p))), params
-    )
+    total = trees.accumulators(params)
     chunks, rest = batching.chunks((examples, counts), chunk_size)
     if chunks is not None:
         total, _ = jax.lax.scan(

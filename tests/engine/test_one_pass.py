@@ -18,6 +18,7 @@ from meshes import (
     mesh,
     over_devices,
     train,
+    train_in_pmap,
 )
 from methods import cover, defaults
 
@@ -305,20 +306,9 @@ def test_devices_reduce_one_gradient(check_vma):
 
 @pytest.mark.full
 def test_inside_pmap():
-    tx = momentum()
-    step = jax.pmap(
-        make_step(tx, axis_name="data"),
-        axis_name="data",
-        in_axes=(None, None, 0),
-        out_axes=None,
-    )
-    batch = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), PROBLEM.batch)
-    params, state = PROBLEM.params, tx.init(PROBLEM.params)
-    for _ in range(7):
-        _, updates, state = step(params, state, batch)
-        params = jax.device_get(optax.apply_updates(params, updates))
+    actual = train_in_pmap(momentum())
     expected, _ = on_one_device("momentum")
-    problems.assert_trees_close((params, state), expected, rtol=2e-5, atol=2e-5)
+    problems.assert_trees_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*MultiSteps around")

@@ -197,3 +197,12 @@ def test_an_average_of_updates_is_refused():
     message = "base must accumulate gradients in its average.*got -.*in this order"
     with pytest.raises(ValueError, match=message):
         tx.init(PARAMS)
+
+
+def test_warns_of_a_second_length():
+    ascent = optax.chain(optax_sam.follow_momentum(4.0), RADIUS)
+    tx = optax_sam.sharpness_aware(optax.sgd(0.1, momentum=0.9), ascent)
+    with pytest.warns(
+        UserWarning, match="^sharpness_aware: 2 links .* last one counts"
+    ):
+        tx.init(PARAMS)

@@ -10,7 +10,16 @@ import optax
 import problems
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from meshes import BATCH, DEVICES, PROBLEM, make_step, mesh, over_devices, train
+from meshes import (
+    BATCH,
+    DEVICES,
+    PROBLEM,
+    make_step,
+    mesh,
+    over_devices,
+    train,
+    train_in_pmap,
+)
 from methods import cover, defaults
 
 import optax_sam
@@ -289,20 +298,9 @@ def test_sharded_arrays(kind, method):
 
 @pytest.mark.full
 def test_inside_pmap():
-    tx = METHODS["look_sam"](EVERY)
-    step = jax.pmap(
-        make_step(tx, axis_name="data"),
-        axis_name="data",
-        in_axes=(None, None, 0),
-        out_axes=None,
-    )
-    batch = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), PROBLEM.batch)
-    params, state = PROBLEM.params, tx.init(PROBLEM.params)
-    for _ in range(7):
-        _, updates, state = step(params, state, batch)
-        params = jax.device_get(optax.apply_updates(params, updates))
+    actual = train_in_pmap(METHODS["look_sam"](EVERY))
     expected, _ = on_one_device("look_sam")
-    problems.assert_trees_close((params, state), expected, rtol=2e-5, atol=2e-5)
+    problems.assert_trees_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.full
