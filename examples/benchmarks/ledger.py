@@ -29,7 +29,11 @@ from sam_examples.settings.command_line import one_line_errors, require, version
 
 AT_ONCE = 8  # Programs compiled side by side.
 _RESULTS = Path(__file__).parent / "results"
-RESULTS = {"gpu": _RESULTS / "cifar10", "cpu": _RESULTS / "cifar10-cpu"}
+RESULTS = {
+    "gpu": _RESULTS / "cifar10",
+    "cpu": _RESULTS / "cifar10-cpu",
+    "look_sam": _RESULTS / "cifar10-look-sam",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Options:
     """Where cifar-10-batches-py or cifar-10-batches-bin is, or lies in."""
     out: Path | None = None
     """Directory of the runs; without it, that of the plan."""
-    plan: Literal["gpu", "cpu"] = "gpu"
-    """Which runs: of all methods, or of those that cost less than SAM, in less time."""
+    plan: Literal["gpu", "cpu", "look_sam"] = "gpu"
+    """Which runs: of all methods; of those that cost less than SAM, in less time; or of
+    LookSAM over its alpha."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     """What all runs have in common."""
     num_valid: int = 5_000

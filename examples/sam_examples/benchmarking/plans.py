@@ -144,8 +144,21 @@ _CPU = (
         ),
     ),
 )
-# By the machine that they are for; the groups of each in order of worth.
+# What LookSAM's `alpha` may be: a row each.
+_ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7)
+_LOOK_SAM = tuple(
+    Contestant(
+        f"LookSAM-{k}, rho {rho:g}, alpha {alpha:g}",
+        "look_sam",
+        ({"rho": rho, "every": k, "alpha": alpha, "learning_rate": _RATE},),
+        _BRIEF,
+    )
+    for k, rho, alphas in ((5, 0.3, _ALPHAS), (3, 0.3, _ALPHAS), (5, 0.05, (0.1, 0.7)))
+    for alpha in alphas
+)
+# By the machine or the question they are for; the groups of each in order of worth.
 PLANS: Mapping[str, Sequence[Group]] = {
+    "look_sam": (Group(_LOOK_SAM, (0.4,)),),
     "gpu": tuple(map(Group, _GPU)),
     "cpu": tuple(Group(group, (noise,)) for noise in (0.4, 0.0) for group in _CPU),
 }
