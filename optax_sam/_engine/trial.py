@@ -4,6 +4,7 @@ By their states and, where these do not tell, by a trial on small parameters, wi
 arguments of the training step.
 """
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -32,7 +33,7 @@ def check_directions(
 ) -> None:
     """Refuses an ascent that leads downhill, and a base that leads uphill.
 
-    Warns of an ascent that gives the gradient back, or has several lengths.
+    Warns of an ascent that gives the gradient back, or of two lengths in a row.
 
     Args:
       owner: The function that the user called.
@@ -46,14 +47,14 @@ def check_directions(
     _check_has_no_descent(owner, state.ascent_state)
     links = _links(state.ascent_state)
     are_own = all(map(_is_of_this_package, links))
-    lengths = sum(getattr(link, "sets_length", False) for link in links)
-    if lengths > 1:
+    lengths = [getattr(link, "sets_length", False) for link in links]
+    if any(map(operator.and_, lengths, lengths[1:])):  # A mask between has its place.
         warnings.warn(
-            f"{owner}: {lengths} links of the ascent give the perturbation a length, "
-            "and that of the last one counts; leave the others out.",
+            f"{owner}: two links of the ascent, one after the other, give the "
+            "perturbation a length, and the second one counts; leave one out.",
             stacklevel=3,
         )
-    if not (are_own and lengths):
+    if not (are_own and any(lengths)):
         _check_ascent(owner, are_own, *_tried(ascent, state.ascent_state, params))
     if _found(_is_of_an_ascent, state.base_state):
         _check_base(owner, *_tried(base, state.base_state, params))

@@ -203,6 +203,6 @@ def test_warns_of_a_second_length():
     ascent = optax.chain(optax_sam.follow_momentum(4.0), RADIUS)
     tx = optax_sam.sharpness_aware(optax.sgd(0.1, momentum=0.9), ascent)
     with pytest.warns(
-        UserWarning, match="^sharpness_aware: 2 links .* last one counts"
+        UserWarning, match="^sharpness_aware: two links .* second one counts"
     ):
         tx.init(PARAMS)
