@@ -149,19 +149,21 @@ def reuse_ascent(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraAr
         protocol.require_of_base(owner, grad=grad, ascended=ascended)
 
         as_unit, length = trees.scaling_to_norm(grad, 1.0)
-
-        def share_along() -> jax.Array:
-            return jnp.asarray(trees.inner(updates, as_unit(grad)), float)
-
-        def across() -> chex.ArrayTree:
-            new = _across(updates, as_unit(grad), along)
-            return trees.cast_like(new, state.direction)
-
-        # Not finite if the perturbed gradient is not, and where there is none. Numbers
-        # come first, and then the array, which takes the place of the one before.
+        # Numbers come first, in a step that has ascended: a branch hands out no arrays.
         nothing = jnp.full([], jnp.nan)
-        along = when.either(ascended, share_along, lambda: nothing)
-        direction = when.either(jnp.isfinite(along), across, lambda: state.direction)
+        along, size = when.either(
+            ascended,
+            lambda: _measured(updates, as_unit(grad)),
+            lambda: (nothing, nothing),
+        )
+        # Not finite if the perturbed gradient is not, and where there is none.
+        renewed = jnp.isfinite(along)
+        across = _scaled_across(updates, as_unit(grad), along, size)
+        direction = jax.tree.map(
+            lambda new, d: jnp.where(renewed, new.astype(d.dtype), d),
+            across,
+            state.direction,
+        )
         length = jnp.where(jnp.asarray(ascended), 0, alpha_at(state.count) * length)
 
         def descend(p: Any, d: jax.Array) -> jax.Array:
@@ -193,16 +195,30 @@ class ReuseAscentState(NamedTuple):
 
 
 def _across(p: optax.Updates, unit: optax.Updates, along: jax.Array) -> chex.ArrayTree:
-    """The direction of the part of `p` across a direction, zeros if there is none.
+    """The part of `p` across a direction, along which it has this share."""
+    return jax.tree.map(lambda x, u: jnp.asarray(x, u.dtype) - along * u, p, unit)
 
-    One as small as the rounding of `p` and of sums is none: its direction would be
-    noise.
+
+def _measured(p: optax.Updates, unit: optax.Updates) -> tuple[jax.Array, jax.Array]:
+    """The share of `p` along a direction, and the norm of the part across it.
+
+    The norm is 0 if that is as small as the rounding of `p` and of sums: its direction
+    would be noise.
     """
-    across = jax.tree.map(lambda x, u: jnp.asarray(x, u.dtype) - along * u, p, unit)
-    to_unit, size = trees.scaling_to_norm(across, 1.0)
+    along = jnp.asarray(trees.inner(p, unit), float)
+    _, size = trees.scaling_to_norm(_across(p, unit, along), 1.0)
     finfo: Any = jnp.finfo  # Its constructor is not typed.
     dtypes = map(jnp.result_type, jax.tree.leaves(p))
     of_p = max((float(finfo(dtype).eps) for dtype in dtypes), default=0.0)
     rounding = of_p + 8 * float(finfo(along.dtype).eps)
-    is_part = size > rounding * jnp.abs(along)
-    return jax.tree.map(lambda d: jnp.where(is_part, d, 0), to_unit(across))
+    return along, jnp.where(size > rounding * jnp.abs(along), size, 0)
+
+
+def _scaled_across(
+    p: optax.Updates, unit: optax.Updates, along: jax.Array, size: jax.Array
+) -> chex.ArrayTree:
+    """The direction of that part, of this norm; zeros if that is 0."""
+    is_part = size > 0
+    return jax.tree.map(
+        lambda x: jnp.where(is_part, trees.ratio(x, size), 0), _across(p, unit, along)
+    )

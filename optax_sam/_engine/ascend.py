@@ -53,6 +53,8 @@ class Ascent:
 
     Attributes:
       reads_clean_pass: Whether it reads anything that the clean pass has found.
+      reads_whole_gradient: Whether it reads the clean gradient of every parameter, and
+        so leads nowhere where one is not finite.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Ascent:
         )
         called = any(n.called for n in noted.values())
         self.reads_clean_pass = any(self._read + clean_read) or called
+        self.reads_whole_gradient = all(self._read)
         # Along what the base keeps, and no gradient of its own.
         self._follows_base = any(kept_read) and not called
         pairs = zip(leaves + kept, self._read + kept_read, strict=True)

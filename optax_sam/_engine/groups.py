@@ -43,6 +43,25 @@ class Group(NamedTuple):
         loss_fn = self.arguments.get("loss_fn")
         return loss_fn is not None and loss_fn.of_outputs is not None
 
+    def known_to_base(
+        self, perturbed: protocol.Pass, moves_if_finite: bool
+    ) -> protocol.Pass:
+        """The clean pass with the gradient that the base is told as `grad`.
+
+        Where that is not finite, the gradient at the perturbed parameters stands for
+        it: the same one, if nothing is perturbed then and both are of one function. A
+        transformation around the step may have changed the one that ascends.
+        """
+        grad = self.arguments.get("grad", self.clean.gradient)
+        pairs = zip(*map(jax.tree.leaves, (grad, self.clean.gradient)), strict=True)
+        is_other = {"ascent_loss_fn", "grad_fn"} & self.arguments.keys()
+        if not (moves_if_finite and not is_other and all(a is b for a, b in pairs)):
+            finite = trees.all_finite(grad)  # Also of what the ascent has not read.
+            grad = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), grad, perturbed.gradient
+            )
+        return self.clean._replace(gradient=grad)
+
 
 class Passes(NamedTuple):
     """What the two passes of one group, or of all on average, have given.
@@ -86,17 +105,10 @@ class Passes(NamedTuple):
     ) -> dict[str, Any]:
         """The extra arguments of the base: among them `grad`, the clean gradient.
 
-        Where that is not finite, the gradient at the perturbed parameters stands for
-        it. A transformation around the step may have changed the one that ascends.
         With a condition of when to ascend, `ascended` says whether the step has.
         """
-        clean = arguments.get("grad", self.clean.gradient)
-        finite = trees.all_finite(clean)  # Also of what the ascent has not read.
-        grad = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b), clean, self.perturbed.gradient
-        )
         told = {} if ascends is None else {"ascended": self.finite & ascends}
-        return arguments | {"grad": grad} | told
+        return arguments | {"grad": self.clean.gradient} | told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,19 +278,19 @@ class Examples:
         whole = report.losses, report.aux
         return passes._replace(found=merge(whole, passes.found))
 
-    def as_found(self, passes: Passes) -> "Examples":
-        """The same, with what groups found in clean passes of their own; reports it.
+    def as_found(self, passes: Passes) -> dict[str, Any]:
+        """The extra arguments, with what groups found in clean passes of their own.
 
-        Nothing of the clean pass of all together is then read, nor computed.
+        It is reported. Nothing of the clean pass of all together is then read, nor
+        computed.
         """
         if passes.found is None:
-            return self
+            return self.shared_arguments
         report = self.arguments["report"]
         found, aux = passes.found
         value = self.devices.mean(losses.mean_loss(found))
         report(value, aux)
-        clean = {"losses": found, "value": value, "grad": passes.clean.gradient}
-        return dataclasses.replace(self, arguments=self.arguments | clean)
+        return self.shared_arguments | {"losses": found, "value": value}
 
 
 def _put_in(whole: chex.ArrayTree, arrays: chex.ArrayTree) -> chex.ArrayTree:

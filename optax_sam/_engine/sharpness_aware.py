@@ -268,10 +268,9 @@ def sharpness_aware(
                 passes.finite,
             )
             passes = passes._replace(ascent_state=advance().state)
-        examples = examples.as_found(passes)
         base_args = protocol.accepted(
             base.update,
-            passes.for_base(examples.shared_arguments, ascends),
+            passes.for_base(examples.as_found(passes), ascends),
             withhold=protocol.ARGUMENTS,
         )
         updates, base_state = base.update(
@@ -311,13 +310,15 @@ def _passes(
 
     if ascend.reads_clean_pass or group.descends_by_clean_pass:
         perturbed, new, finite = either(ascends, with_ascent, without)
-        return Passes.of(clean, perturbed, new, finite, clean)
+        known = group.known_to_base(perturbed, ascend.reads_whole_gradient)
+        return Passes.of(known, perturbed, new, finite, clean)
     # Then nobody need make the clean pass: the only one is reported in its place.
     epsilon, new, finite = ascend()
     if ascends is not None:
         epsilon = zero_unless(jnp.asarray(ascends), epsilon)
     only = group.pass_at(trees.displace(params, epsilon))
-    return Passes.of(clean._replace(loss=only.loss), only, new, finite, only)
+    known = group.known_to_base(only, False)._replace(loss=only.loss)
+    return Passes.of(known, only, new, finite, only)
 
 
 def _check_lookahead(owner: str, base_state: optax.OptState) -> None:
