@@ -144,9 +144,10 @@ def follow_momentum(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
         del extra_args
         protocol.require_gradient(owner, updates, is_gradient, _FIRST)
         momentum = kept_by_base(owner, _NAMES, base_state, updates, _REMEDY)
-        ahead = trees.map_present(jnp.negative, momentum)
         like = updates if params is None else params
-        epsilon, state = radius.update(ahead, state, like)
+        behind, state = radius.update(momentum, state, like)
+        # Not the momentum, of which there would be a copy for the norm.
+        epsilon = trees.map_present(jnp.negative, behind)
         return epsilon, FollowMomentumState(state.count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

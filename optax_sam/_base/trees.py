@@ -5,15 +5,17 @@ that sharded leaves stay where they are. A leaf that is `optax.MaskedNode` is
 *absent*: it takes part in nothing and is handed on as it is.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+
+# Of arrays, each with the weights of its entries for a norm, if there are any.
+_Leaves: TypeAlias = list[tuple[jax.Array, ...]]
 
 
 def is_absent(node: Any) -> bool:
@@ -96,17 +98,29 @@ def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
 
 def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether no entry of a tree is infinite or NaN."""
+    leaves = [(jnp.asarray(x, float),) for x in jax.tree.leaves(tree)]
+    found: jax.Array = jax.lax.platform_dependent(
+        leaves, cpu=_have_finite_squares, cuda=_have_finite_parts, default=_are_finite
+    )
+    return found
 
-    def of_leaf(x: Any) -> jax.Array:
-        found: jax.Array = jax.lax.platform_dependent(
-            jnp.asarray(x, float),
-            cuda=lambda x: _joint_squares(x)[0],  # The leaf's norm needs it as well.
-            default=lambda x: jnp.sum(x - x),  # 0 or NaN.
-        )
-        return found
 
+def _have_finite_squares(leaves: _Leaves) -> jax.Array:
+    """On a CPU: by the sum that the norm needs as well, unless entries are large."""
+    finite = jnp.isfinite(_sum_of_squares(leaves))
+    found: jax.Array = jax.lax.cond(finite, lambda: finite, lambda: _are_finite(leaves))
+    return found
+
+
+def _have_finite_parts(leaves: _Leaves) -> jax.Array:
+    """On a GPU: by those of the norm's sums that cannot overflow."""
+    return jnp.all(jnp.isfinite(stack([_joint_squares(*leaf)[0] for leaf in leaves])))
+
+
+def _are_finite(leaves: _Leaves) -> jax.Array:
     # Not by a maximum: XLA on the CPU drops NaN from large ones.
-    return jnp.all(jnp.isfinite(stack(jax.tree.map(of_leaf, tree))))
+    differences = [jnp.sum(x - x) for (x,) in leaves]  # 0 or NaN.
+    return jnp.all(jnp.isfinite(stack(differences)))
 
 
 def ratio(x: Any, size: jax.Array) -> Any:
@@ -122,7 +136,8 @@ def scale_to_norm(
 
     The norm is the Euclidean one of the whole tree. Squares are added up on several
     scales in one read of it, of which one counts: there no square overflows, and none
-    that matters underflows. So the scale of `tree` drops out.
+    that matters underflows. So the scale of `tree` drops out. A CPU adds them up as
+    they are, and on other scales only where that does not do.
 
     Args:
       tree: Pytree of real arrays of any shapes.
@@ -147,22 +162,10 @@ def scaling_to_norm(
     """
     tree = map_present(lambda x: jnp.asarray(x, float), tree)
     given = () if weights is None else (map_present(lambda _, w: w, tree, weights),)
-    scales = _scales(*given)
-    sums = [
-        jax.lax.platform_dependent(
-            *leaf, cpu=_squares_on_cpu, cuda=_joint_squares, default=_squares
-        )
-        for leaf in zip(*map(jax.tree.leaves, (tree, *given)), strict=True)
-    ]
-    totals = [jnp.sum(stack([s[i] for s in sums])) for i in range(len(scales))]
-    scale, total = jnp.asarray(scales[-1]), totals[-1]
-    for smaller, its_total in zip(scales[-2::-1], totals[-2::-1], strict=True):
-        counts = ~(its_total < scales[0] ** 0.75)  # Far from underflow, or NaN.
-        # Not by where: that of numbers which are the same on all devices by a condition
-        # of each is refused by jax 0.9, if axes are explicit.
-        share = counts.astype(scale.dtype)
-        scale = share * smaller + (1 - share) * scale
-        total = jnp.where(counts, its_total, total)
+    leaves = list(zip(*map(jax.tree.leaves, (tree, *given)), strict=True))
+    scale, total = jax.lax.platform_dependent(
+        leaves, cpu=_on_usual_scale, cuda=_on_joint_scales, default=_on_scales
+    )
     # Fires where the tree is all zeros.
     root = jnp.sqrt(jnp.where(total == 0, 1, total))
     factor = norm / root
@@ -172,6 +175,55 @@ def scaling_to_norm(
         return map_present(lambda x: jnp.asarray(x, float) * scale * factor, tree)
 
     return scaled, jnp.where(total == 0, 0, root) / scale
+
+
+def _on_usual_scale(leaves: _Leaves) -> tuple[jax.Array, jax.Array]:
+    """On a CPU, which reads the leaves once for each sum: by a single one, if it can.
+
+    A condition costs nothing there; where it is a choice, as in `vmap`, all is done.
+    """
+    total = _sum_of_squares(leaves)
+    least = _scales()[0] ** 0.75
+    cond: Any = jax.lax.cond
+    found: tuple[jax.Array, jax.Array] = cond(
+        (least < total) & (total < 1 / least),
+        lambda: (jnp.ones_like(total), total),
+        lambda: _on_scales(leaves, clip=False),
+    )
+    return found
+
+
+def _sum_of_squares(leaves: _Leaves) -> jax.Array:
+    """Of products with weights, as they are."""
+    return jnp.sum(stack([jnp.sum(jnp.square(math.prod(leaf))) for leaf in leaves]))
+
+
+def _on_scales(leaves: _Leaves, *, clip: bool = True) -> tuple[jax.Array, jax.Array]:
+    """The scale that counts, and the sum of squares on it."""
+    sums = [tuple(map(jnp.sum, _scaled_squares(*leaf, clip=clip))) for leaf in leaves]
+    return _which_counts(leaves, sums)
+
+
+def _on_joint_scales(leaves: _Leaves) -> tuple[jax.Array, jax.Array]:
+    """The same on a GPU."""
+    return _which_counts(leaves, [_joint_squares(*leaf) for leaf in leaves])
+
+
+def _which_counts(
+    leaves: _Leaves, sums: list[tuple[jax.Array, ...]]
+) -> tuple[jax.Array, jax.Array]:
+    """The largest scale on which the sum over leaves does not overflow, and that."""
+    scales = _scales(*(leaves[0][1:] if leaves else ()))
+    totals = [jnp.sum(stack([s[i] for s in sums])) for i in range(len(scales))]
+    scale, total = jnp.asarray(scales[-1]), totals[-1]
+    for smaller, its_total in zip(scales[-2::-1], totals[-2::-1], strict=True):
+        counts = ~(its_total < scales[0] ** 0.75)  # Far from underflow, or NaN.
+        # Not by where: that of numbers which are the same on all devices by a condition
+        # of each is refused by jax 0.9, if axes are explicit.
+        share = counts.astype(scale.dtype)
+        scale = share * smaller + (1 - share) * scale
+        total = jnp.where(counts, its_total, total)
+    return scale, total
 
 
 def _scales(*weights: Any) -> tuple[float, ...]:
@@ -184,7 +236,9 @@ def _scales(*weights: Any) -> tuple[float, ...]:
     return 1 / step, 1.0, step, *(step**1.5 for _ in weights)
 
 
-def _scaled(x: jax.Array, *weights: jax.Array, clip: bool) -> list[jax.Array]:
+def _scaled_squares(
+    x: jax.Array, *weights: jax.Array, clip: bool = True
+) -> list[jax.Array]:
     """The squares of an array's products with weights, on each scale."""
     scaled = [math.prod(weights, start=x * scale) for scale in _scales(*weights)]
     # Else a compiler may square the scale by itself, to zero or infinity. XLA on the
@@ -195,20 +249,12 @@ def _scaled(x: jax.Array, *weights: jax.Array, clip: bool) -> list[jax.Array]:
     return [jnp.square(y) for y in scaled]
 
 
-def _squares(*leaf: jax.Array, clip: bool = True) -> tuple[jax.Array, ...]:
-    """Their sums."""
-    return tuple(map(jnp.sum, _scaled(*leaf, clip=clip)))
-
-
-_squares_on_cpu = functools.partial(_squares, clip=False)
-
-
 def _joint_squares(*leaf: jax.Array) -> tuple[jax.Array, ...]:
-    """The same by one reduction: for a GPU, which reduces in two rounds, less kernels.
+    """Their sums by one reduction, as a GPU reduces in two rounds: less kernels.
 
     XLA for TPUs would not make it part of the product that makes `x`.
     """
-    squares = _scaled(*leaf, clip=True)
+    squares = _scaled_squares(*leaf)
     zero = jnp.zeros_like(squares[0], shape=())
     sums: tuple[jax.Array, ...] = jax.lax.reduce(
         tuple(squares),

@@ -10,7 +10,7 @@ from optax_sam._base import trees
 
 ABSENT = optax.MaskedNode()
 # What each kind of device has.
-SQUARES = [trees._squares_on_cpu, trees._squares, trees._joint_squares]
+FOR_DEVICES = [trees._on_usual_scale, trees._on_scales, trees._on_joint_scales]
 
 
 @cover(
@@ -51,12 +51,12 @@ def test_scale_to_norm_rounds_nothing_to_the_dtype_of_its_input(dtype):
     np.testing.assert_allclose(trees.scale_to_norm(tree, 1.0), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("squares", SQUARES)
+@pytest.mark.parametrize("find", FOR_DEVICES)
 @pytest.mark.parametrize("exponent", [-37, -30, -24, -18, -9, 0, 9, 15, 30, 37])
 def test_scale_to_norm_in_float32_beyond_the_range_of_squares(
-    squares, exponent, monkeypatch
+    find, exponent, monkeypatch
 ):
-    monkeypatch.setattr(trees, "_squares_on_cpu", squares)
+    monkeypatch.setattr(trees, "_on_usual_scale", find)
     unit = np.float32(10.0) ** exponent
     for entries in ([1], [0, 0], [1, 2, 3, 4]):
         tree = [unit * np.array(entries, np.float32), np.zeros(1, np.float32)]
@@ -74,9 +74,9 @@ def test_scale_to_norm_of_entries_of_all_sizes(largest):
     np.testing.assert_allclose(trees.scale_to_norm(tree, 1.0), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("squares", SQUARES)
-def test_scale_to_a_weighted_norm(squares, monkeypatch):
-    monkeypatch.setattr(trees, "_squares_on_cpu", squares)
+@pytest.mark.parametrize("find", FOR_DEVICES)
+def test_scale_to_a_weighted_norm(find, monkeypatch):
+    monkeypatch.setattr(trees, "_on_usual_scale", find)
     tree, weights = {"a": jnp.array([3.0, -4.0]), "b": ABSENT}, jnp.array([4.0, 3.0])
     out = trees.scale_to_norm(tree, 2.0, {"a": weights, "b": jnp.ones(5)})
     assert out["b"] == ABSENT
