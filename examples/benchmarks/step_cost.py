@@ -20,7 +20,12 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sam_examples.benchmarking import measure
-from sam_examples.benchmarking.by_hand import contrib_sam, make_contrib_sam, plain
+from sam_examples.benchmarking.by_hand import (
+    contrib_sam,
+    make_contrib_sam,
+    momentum_sam,
+    plain,
+)
 from sam_examples.benchmarking.measure import (
     BASE,
     RHO,
@@ -109,6 +114,9 @@ ROWS: Mapping[str, Row] = {
         optax_sam.rw_sam(BASE, RHO, strength=0.1, estimator="jvp")
     ),
     "optax_sam.m_sam": in_quarters,
+    "Momentum-SAM by hand": from_gradients(
+        BASE, partial(momentum_sam, base=BASE, rho=RHO)
+    ),
     "optax_sam.momentum_sam": engine(optax_sam.momentum_sam(BASE, RHO)),
     "optax_sam.vasso one_pass": engine(
         optax_sam.vasso(BASE, RHO, theta=0.4, one_pass=True)
