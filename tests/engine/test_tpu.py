@@ -29,6 +29,10 @@ MANY_PARAMETERS = (
     (
         *("base", "sam_by_hand", "sam", "vasso_by_hand", "vasso"),
         *("mask_by_hand", "dynamic_between", "rw_sam", "m_sam_by_hand", "m_sam"),
+        *("momentum_sam_by_hand", "momentum_sam"),
+        *("vasso_of_one_pass_by_hand", "vasso_of_one_pass"),
+        *("friendly_sam_by_hand", "friendly_sam", "gsam_by_hand", "gsam"),
+        *("wsam_by_hand", "wsam", "every_5_by_hand", "every_5"),
     ),
 )
 SHARDED = (
@@ -63,7 +67,11 @@ def test_flops(method, bound):
 
 @pytest.mark.parametrize(
     ("method", "bound"),
-    [("sam", 1.02), ("vasso", 1.04), ("dynamic_between", 1.02), ("m_sam", 1.02)],
+    [
+        *(("sam", 1.02), ("vasso", 1.04), ("dynamic_between", 1.02), ("m_sam", 1.02)),
+        *(("momentum_sam", 1.0), ("vasso_of_one_pass", 1.03), ("friendly_sam", 1.05)),
+        *(("gsam", 1.04), ("wsam", 1.02), ("every_5", 0.87)),
+    ],
 )
 def test_memory_traffic_over_that_of_the_method_by_hand(method, bound):
     assert rows(*MANY_PARAMETERS)[method]["bytes / hand"] < bound
@@ -71,7 +79,11 @@ def test_memory_traffic_over_that_of_the_method_by_hand(method, bound):
 
 @pytest.mark.parametrize(
     ("method", "bound"),
-    [("sam", 0.02), ("vasso", 0.25), ("dynamic_between", 0.02), ("m_sam", 0.02)],
+    [
+        *(("sam", 0.02), ("vasso", 0.25), ("dynamic_between", 0.02), ("m_sam", 0.02)),
+        *(("momentum_sam", 0.05), ("vasso_of_one_pass", 0.03), ("friendly_sam", 0.24)),
+        *(("gsam", 0.02), ("wsam", 0.02), ("every_5", 0.0)),
+    ],
 )
 def test_temporaries_beyond_those_by_hand_in_units_of_the_parameters(method, bound):
     assert rows(*MANY_PARAMETERS)[method]["temp - hand"] < bound
@@ -86,6 +98,8 @@ def test_temporaries_beyond_those_by_hand_in_units_of_the_parameters(method, bou
         ("dynamic_between", 2, 2),
         ("rw_sam", 2, 7),  # Weights of examples besides.
         ("m_sam", 1, 2),  # And whether all are finite.
+        *(("momentum_sam", 1, 1), ("vasso_of_one_pass", 1, 1)),
+        *(("friendly_sam", 2, 2), ("gsam", 2, 2), ("wsam", 2, 2)),
     ],
 )
 def test_collectives(method, gradients, number):
