@@ -17,7 +17,13 @@ from sam_examples.settings.command_line import (
     require,
     write_results,
 )
-from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.settings.methods import (
+    METHODS,
+    check_batch,
+    hyperparameters,
+    is_functional,
+    make_tx,
+)
 from sam_examples.training.build import make_network
 from sam_examples.training.epochs import Epoch, draw_epoch, prepare_digits, timed_epoch
 from sam_examples.training.evaluation import Evaluate, make_evaluate
@@ -122,7 +128,11 @@ def compare(
     first = draw_epoch(datasets[0].train, options.batch_size, seed=0, epoch=0)
     contestants = {
         method: Contestant(
-            make_train_steps(make_step(model, tx, prepare_batch)), init(0, tx), first
+            make_train_steps(
+                make_step(model, tx, prepare_batch, functional=is_functional(method))
+            ),
+            init(0, tx),
+            first,
         )
         for method, tx in tqdm(txs.items(), desc="compile", unit="method")
     }

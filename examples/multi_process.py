@@ -38,7 +38,13 @@ from sam_examples.settings.command_line import (
     require,
     write_results,
 )
-from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.settings.methods import (
+    METHODS,
+    check_batch,
+    hyperparameters,
+    is_functional,
+    make_tx,
+)
 from sam_examples.training.build import make_network
 from sam_examples.training.epochs import prepare_digits
 from sam_examples.training.evaluation import make_evaluate
@@ -123,7 +129,7 @@ def train(
     model = make_network(options, dataset)
     # Compiled for all devices; the batches are normalized already.
     step = jax.jit(
-        make_step(model, tx),
+        make_step(model, tx, functional=is_functional(options.method)),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )

@@ -19,8 +19,15 @@ from sam_examples.settings.command_line import (
     one_line_errors,
     write_results,
 )
-from sam_examples.settings.methods import METHODS, check_batch, hyperparameters, make_tx
+from sam_examples.settings.methods import (
+    METHODS,
+    check_batch,
+    hyperparameters,
+    is_functional,
+    make_tx,
+)
 from sam_examples.training.epochs import prepare_digits, shuffled_batches
+from sam_examples.training.step import cross_entropies, make_loss
 from tqdm import tqdm
 
 from optax_sam.flax import nnx_value_and_update
@@ -45,11 +52,10 @@ class Options(NoisyDigits):
     """Changes of the method's hyperparameters, such as rho=0.05 theta=0.2."""
 
 
-def loss_fn(model: ResNet, batch: Split) -> tuple[jax.Array, jax.Array]:
-    """The losses of the examples, shape `[B]`, and the accuracy of the model."""
+def output_fn(model: ResNet, batch: Split) -> tuple[jax.Array, jax.Array]:
+    """The logits of the examples, `[B, C]`, and the accuracy of the model."""
     logits = model(batch.images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return losses, jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+    return logits, jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
 
 
 def scoring_loss_fn(model: Any, batch: Split) -> jax.Array:
@@ -58,14 +64,21 @@ def scoring_loss_fn(model: Any, batch: Split) -> jax.Array:
     An example normalised by itself has no gradient worth the name.
     """
     model.eval()
-    return loss_fn(model, batch)[0]
+    return cross_entropies(model(batch.images), batch)
 
 
-# Moves the model and the optimizer by one step of any method; returns the mean loss and
-# the accuracy.
-train_step = nnx.jit(
-    nnx_value_and_update(loss_fn, has_aux=True, scoring_loss_fn=scoring_loss_fn)
-)
+def make_train_step(*, functional: bool = False) -> Any:
+    """Makes `train_step(model, optimizer, batch) -> loss, accuracy`, compiled.
+
+    It moves the model and the optimizer by one step of any method.
+
+    Args:
+      functional: whether the method takes the loss in two parts.
+    """
+    loss_fn = make_loss(output_fn, cross_entropies, functional=functional)
+    return nnx.jit(
+        nnx_value_and_update(loss_fn, has_aux=True, scoring_loss_fn=scoring_loss_fn)
+    )
 
 
 @nnx.jit
@@ -98,6 +111,8 @@ class Training:
             dropout_rate=options.dropout,
             rngs=nnx.Rngs(options.seed),
         )
+        functional = is_functional(options.method)
+        self._train_step = make_train_step(functional=functional)
         self._optimizer = nnx.Optimizer(self._model, tx, wrt=nnx.Param)
         self.curves: dict[str, list[float]] = defaultdict(list)
 
@@ -107,7 +122,8 @@ class Training:
         self._model.train()
         steps = []
         for index in indices:
-            steps.append(train_step(self._model, self._optimizer, train.take(index)))
+            batch = train.take(index)
+            steps.append(self._train_step(self._model, self._optimizer, batch))
             bar.update()
         loss, accuracy = np.mean(np.array(jax.device_get(steps)), axis=0).tolist()
         self.curves["train_loss"].append(loss)

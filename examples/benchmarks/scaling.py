@@ -37,8 +37,13 @@ from sam_examples.devices.sharding import (
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet, group_norm
 from sam_examples.settings.command_line import one_line_errors, require
-from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
-from sam_examples.training.step import make_scoring_loss_fn
+from sam_examples.settings.methods import (
+    METHODS,
+    hyperparameters,
+    is_functional,
+    make_tx,
+)
+from sam_examples.training.step import cross_entropies, whole
 
 BASELINE, M_SAM = "sgd", "m_sam"
 NUM_STEPS = 10_000  # Where a method wants to know the length of a training.
@@ -91,11 +96,11 @@ def make_problem(
 ) -> tuple[Problem, Callable[[], Any], Split]:
     """The shapes of parameters and batch, what makes parameters, and a batch of noise.
 
-    Normalisation is by groups: m_sam is then no other model than the rest.
+    Normalisation is by groups: m_sam is then no other model than the rest. The loss is
+    in two parts.
     """
     mesh = make_mesh(num_devices)
     model = ResNet(options.stages, 10, options.width, conv=PatchConv, norm=group_norm)
-    losses = make_scoring_loss_fn(model)  # Also those of training, as nothing differs.
     rng = np.random.default_rng(0)
     shape = (options.batch_size, options.image_size, options.image_size, 3)
     images = rng.normal(size=shape).astype(np.float32)
@@ -108,8 +113,11 @@ def make_problem(
     def everywhere(tree: Any, place: NamedSharding) -> Any:
         return as_shapes(tree, jax.tree.map(lambda _: place, tree))
 
+    def output_fn(params: Any, batch: Split) -> Any:
+        return model.apply({"params": params}, batch.images, train=True)
+
     problem = Problem(
-        lambda params, batch: losses(params, batch, {}, jax.random.key(0)),
+        optax_sam.functional_loss(output_fn, cross_entropies),
         everywhere(jax.eval_shape(init), replicated(mesh)),
         everywhere(batch, by_examples(mesh)),
         mesh,
@@ -136,7 +144,8 @@ def measure_methods(options: Options, num_devices: int) -> dict[str, dict[str, f
     turns, sent = {}, {}
     for method, values in track(chosen.items(), f"compiling, {num_devices} devices"):
         tx = make_tx(method, measure.BASE, values, NUM_STEPS)
-        update = optax_sam.value_and_update(problem.loss_fn, tx)
+        loss_fn = problem.loss_fn if is_functional(method) else whole(problem.loss_fn)
+        update = optax_sam.value_and_update(loss_fn, tx)
         step = compile_step(problem, tx, update)
         places = jax.tree.map(lambda x: x.sharding, step.opt_state)
         params = make_params()

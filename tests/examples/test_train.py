@@ -138,8 +138,8 @@ BAD_OPTIONS = {
         "look_sam and every each say which steps ascend",
     ),
     "no gradient": (
-        ["--method", "momentum_sam+vasso"],
-        "the ascent of momentum_sam takes no gradient of the batch, and so vasso has",
+        ["--method", "momentum_sam+preconditioned_sam"],
+        "the ascent of momentum_sam takes no gradient of the batch, and so precond",
     ),
     "period": (
         ["--method", "every", "--hyperparameters", "k=0"],

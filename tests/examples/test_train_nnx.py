@@ -12,12 +12,13 @@ from problems import assert_trees_close, assert_trees_differ
 from sam_examples.data import Split
 from sam_examples.models import resnet
 from sam_examples.models.nnx_resnet import NORMS, ResNet
-from sam_examples.settings.methods import hyperparameters, make_tx
+from sam_examples.settings.methods import hyperparameters, is_functional, make_tx
 
 import optax_sam
 
 # What compiles takes longer than what runs.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+train_step = train_nnx.make_train_step()
 
 
 def make_batch(seed=0, size=8):
@@ -81,7 +82,7 @@ def test_steps_of_sam_are_those_of_linen():
             params, opt_state, batch, batch_stats
         )
         params = optax.apply_updates(params, updates)
-        nnx_loss, _ = train_nnx.train_step(model, optimizer, batch)
+        nnx_loss, _ = train_step(model, optimizer, batch)
         np.testing.assert_allclose(nnx_loss, loss, rtol=1e-5)
     _, nnx_params, nnx_rest = split(model)
     assert_trees_close(as_linen(nnx_params), params, rtol=1e-5, atol=1e-5)
@@ -133,7 +134,7 @@ def test_both_passes_drop_the_same_and_the_clean_one_leaves_its_statistics():
 
     clean, perturbed, same, other = by_hand(graph, params, rest)
     tx = optax_sam.sam(optax.sgd(learning_rate), rho)
-    train_nnx.train_step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), batch)
+    train_step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), batch)
     _, params_after, rest_after = split(model)
     assert_trees_close(params_after, same, rtol=1e-5, atol=1e-6)
     assert not np.allclose(same["head"]["kernel"], other["head"]["kernel"], rtol=1e-3)
@@ -145,9 +146,12 @@ def test_both_passes_drop_the_same_and_the_clean_one_leaves_its_statistics():
     assert counts[1] == counts[0] + 1
 
 
-# Together they want all that a step can be given.
+# Together the last ones want all that a step can be given.
+METHODS = ["sgd", "m_sam", "functional_sam+vasso", "rw_sam+vasso+sparse_sam"]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["sgd", "m_sam", "rw_sam+vasso+sparse_sam"])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_train(method):
     (values,) = hyperparameters([method], []).values()
     values |= {k: v for k, v in {"micro_batch_size": 4}.items() if k in values}
@@ -155,7 +159,8 @@ def test_methods_train(method):
     model = make_model(dropout_rate=0.1)
     before = split(model)[1]
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    loss, accuracy = train_nnx.train_step(model, optimizer, make_batch())
+    step = train_nnx.make_train_step(functional=is_functional(method))
+    loss, accuracy = step(model, optimizer, make_batch())
     after = split(model)[1]
     assert 0.5 < loss < 3
     assert 0 <= accuracy <= 1
@@ -169,7 +174,7 @@ def test_sam_costs_two_passes_and_rw_sam_a_third_more():
     def flops(tx):
         model = make_model((1,))
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        lowered = train_nnx.train_step.lower(model, optimizer, make_batch(size=32))
+        lowered = train_step.lower(model, optimizer, make_batch(size=32))
         return lowered.cost_analysis()["flops"]
 
     base = optax.sgd(0.1)

@@ -12,7 +12,12 @@ from sam_examples.devices.sharding import by_examples, make_mesh, replicated
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
 from sam_examples.settings.command_line import NoisyDigits
-from sam_examples.settings.methods import METHODS, hyperparameters, make_tx
+from sam_examples.settings.methods import (
+    METHODS,
+    hyperparameters,
+    is_functional,
+    make_tx,
+)
 from sam_examples.settings.optimizers import make_schedule, momentum_sgd
 from sam_examples.training.epochs import draw_epoch, shuffled_batches
 from sam_examples.training.evaluation import make_evaluate
@@ -143,7 +148,7 @@ def test_every_method_learns(method):
     indices = jnp.concatenate(
         [shuffled_batches(jax.random.key(epoch), 16, 8) for epoch in range(30)]
     )
-    before, after, _ = train(MODEL, tx, indices)
+    before, after, _ = train(MODEL, tx, indices, functional=is_functional(method))
     evaluate = make_evaluate(MODEL, dataset)
     assert (
         evaluate(after, dataset.test).loss < evaluate(before, dataset.test).loss - 0.2
@@ -189,6 +194,37 @@ def test_perturbations_come_from_the_ascent_loss_and_updates_do_not():
     assert optax.tree.norm(optax.tree.sub(sam.params, sgd.params)) > 1e-3
     assert metrics.loss == 0
     assert metrics.gap is None  # The two losses are not of the same.
+
+
+@pytest.mark.full
+def test_functional_sam_pulls_back_the_clean_derivative():
+    tx, indices = optax_sam.sam(optax.sgd(1.0), rho=0.5), jnp.arange(16).reshape(1, 16)
+    before, after, _ = train(MODEL, tx, indices, functional=True)
+    dataset = make_dataset()
+    images = normalize(dataset.train.images, dataset.mean, dataset.std)
+    labels = jax.nn.one_hot(dataset.train.labels, 3)
+
+    def outputs_fn(params):
+        variables = {"params": params, "batch_stats": before.batch_stats}
+        return MODEL.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    @jax.jit
+    def by_hand(params):
+        logits, pullback, clean_stats = jax.vjp(outputs_fn, params, has_aux=True)
+        derivative = (jax.nn.softmax(logits) - labels) / len(labels)
+        (uphill,) = pullback(derivative)
+        scale = 0.5 / optax.tree.norm(uphill)
+        ahead = jax.tree.map(lambda p, u: p + scale * u, params, uphill)
+        _, pullback, _ = jax.vjp(outputs_fn, ahead, has_aux=True)
+        (gradient,) = pullback(derivative)
+        moved = jax.tree.map(lambda p, g: p - g, params, gradient)
+        return moved, clean_stats["batch_stats"]
+
+    expected = by_hand(before.params)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    assert_trees(close, (after.params, after.batch_stats), expected)
+    _, sam, _ = train(MODEL, tx, indices)
+    assert optax.tree.norm(optax.tree.sub(sam.params, after.params)) > 1e-2
 
 
 @pytest.mark.full

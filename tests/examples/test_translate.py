@@ -12,16 +12,20 @@ import optax
 import pytest
 import translate
 from example_support import check_refusal, results
+from problems import assert_trees_close, assert_trees_differ
 from sam_examples.data.spelt_numbers import load_spelt_numbers
 from sam_examples.data.subwords import learn_subwords
 from sam_examples.data.token_batches import EncodedPairs, TokenBatch
 from sam_examples.models.encoder_decoder import make_translator
+from sam_examples.settings.methods import make_tx
 from sam_examples.settings.run_options import as_json
 from sam_examples.settings.translation import parse_translation
 from sam_examples.training import run as runs
 from sam_examples.training.build import Optimizer
 from sam_examples.training.checkpoints import Checkpoints
+from sam_examples.training.step import make_step_of
 from sam_examples.training.translation import (
+    after_begin,
     make_translation_loss_fn,
     make_translation_task,
     prepare,
@@ -221,17 +225,24 @@ def test_eight_devices_with_parts_of_the_parameters_do_what_one_does(
         )
 
 
-@pytest.mark.full
-def test_a_shape_is_compiled_for_once():
-    config = parse_translation([*TINY, "--shapes", "3", "--method", "sgd"])
+def make_model():
+    return make_translator("small", 80, num_layers=1, width=8, hidden=8)
+
+
+def make_task(config):
     text = load_spelt_numbers("de", "en", num_train=200, num_valid=20, num_test=1)
     subwords = learn_subwords([*text.train.sources, *text.train.targets], 80)
     train, valid = (
         EncodedPairs(*(subwords.encode(sentences) for sentences in pairs))
         for pairs in (text.train, text.valid)
     )
-    model = make_translator("small", 80, num_layers=1, width=8, hidden=8)
-    task = make_translation_task(config, train, valid, model, 1)
+    return make_translation_task(config, train, valid, make_model(), 1)
+
+
+@pytest.mark.full
+def test_a_shape_is_compiled_for_once():
+    config = parse_translation([*TINY, "--shapes", "3", "--method", "sgd"])
+    task = make_task(config)
     shapes = {task.batches[step].sources.shape for step in range(task.num_steps)}
     assert len(shapes) == 3
     optimizer = Optimizer(config, {}, task.steps_per_epoch)
@@ -240,3 +251,37 @@ def test_a_shape_is_compiled_for_once():
         batch = jax.tree.map(lambda x: x[None], task.batches[step])
         trainer.train(batch)
     assert trainer._train._cache_size() == 3
+
+
+@pytest.mark.full
+def test_functional_sam_pulls_back_the_clean_derivative_at_the_cost_of_sam():
+    options = [*TINY, "--shapes", "1", "--dropout", "0", "--method"]
+    tx, found = make_tx("sam", optax.sgd(1.0), {"rho": 0.5}, 1), {}
+    for method in ("sam", "functional_sam"):
+        task = make_task(parse_translation([*options, method]))
+        state = task.init(0, tx)
+        inputs = state, task.batches[0], jax.random.key(0)
+        step = jax.jit(make_step_of(task.objective, tx)).lower(*inputs).compile()
+        found[method] = step.cost_analysis()["flops"], step(*inputs)[0].params
+    model, batch = make_model(), task.batches[0]
+    labels = optax.smooth_labels(jax.nn.one_hot(batch.targets, 80), 0.1)
+    written = after_begin(batch.targets)
+    is_token = (batch.targets != 0)[..., None]
+
+    def outputs_fn(params):
+        return model.apply({"params": params}, batch.sources, written, train=False)
+
+    @jax.jit
+    def by_hand(params):
+        logits, pullback = jax.vjp(outputs_fn, params)
+        derivative = is_token * (jax.nn.softmax(logits) - labels) / is_token.sum()
+        (uphill,) = pullback(derivative)
+        scale = 0.5 / optax.tree.norm(uphill)
+        ahead = jax.tree.map(lambda p, u: p + scale * u, params, uphill)
+        (gradient,) = jax.vjp(outputs_fn, ahead)[1](derivative)
+        return jax.tree.map(lambda p, g: p - g, params, gradient)
+
+    (of_sam, sam), (flops, actual) = found.values()
+    assert flops <= 1.01 * of_sam
+    assert_trees_close(actual, by_hand(state.params), rtol=1e-4, atol=1e-5)
+    assert_trees_differ(actual, sam)

@@ -20,9 +20,14 @@ import optax_sam
 from sam_examples.data import Dataset, Split, augment, flip_labels, normalize
 from sam_examples.models.airbench import Airbench, whitening_filters
 from sam_examples.models.convolution import fastest_convolution
-from sam_examples.settings.methods import METHODS, make_ascent, sharpen
+from sam_examples.settings.methods import (
+    METHODS,
+    is_functional,
+    make_ascent,
+    sharpen,
+)
 from sam_examples.training.evaluation import make_evaluate
-from sam_examples.training.step import TrainState, make_init
+from sam_examples.training.step import TrainState, make_init, make_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +229,9 @@ class Trainer:
     def _make_epoch(self, method: str, values: Values) -> Callable[..., Any]:
         """Makes `epoch(state, split, traced, key) -> state, loss`, to be compiled."""
         fixed = {k: v for k, v in values.items() if k not in TRACED}
-        loss_fn, scoring_loss_fn = _make_loss_fns(self._model, self._recipe)
+        loss_fn, scoring_loss_fn = _make_loss_fns(
+            self._model, self._recipe, is_functional(method)
+        )
 
         def epoch(
             state: TrainState, split: Split, traced: Values, key: jax.Array
@@ -288,29 +295,28 @@ def triangle(peak: Any, warmup: float, num_steps: Any) -> optax.Schedule:
 
 
 def _make_loss_fns(
-    model: nn.Module, recipe: Recipe
+    model: nn.Module, recipe: Recipe, functional: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The loss of a step, and the one in evaluation mode that masks are scored by."""
 
-    def losses_of(logits: Any, labels: jax.Array) -> jax.Array:
-        targets = jax.nn.one_hot(labels, logits.shape[-1])
+    def losses_of(logits: Any, batch: Split, *_: Any) -> jax.Array:
+        targets = jax.nn.one_hot(batch.labels, logits.shape[-1])
         targets = optax.smooth_labels(targets, recipe.label_smoothing)
         losses: jax.Array = optax.softmax_cross_entropy(logits, targets)
         return losses
 
-    def loss_fn(params: Any, batch: Split, stats: Any) -> tuple[jax.Array, Any]:
+    def output_fn(params: Any, batch: Split, stats: Any) -> tuple[Any, Any]:
         logits, updated = model.apply(
             {"params": params, "batch_stats": stats},
             batch.images,
             train=True,
             mutable=["batch_stats"],
         )
-        return losses_of(logits, batch.labels), updated["batch_stats"]
+        return logits, updated["batch_stats"]
 
     def scoring_loss_fn(params: Any, batch: Split, stats: Any) -> jax.Array:
         variables = {"params": params, "batch_stats": stats}
-        return losses_of(
-            model.apply(variables, batch.images, train=False), batch.labels
-        )
+        return losses_of(model.apply(variables, batch.images, train=False), batch)
 
+    loss_fn = make_loss(output_fn, losses_of, functional=functional)
     return loss_fn, scoring_loss_fn

@@ -2,8 +2,8 @@
 
 A method is a sum of names, such as `vasso` or `rw_sam+vasso+sparse_sam`: each brings a
 link of the ascent or, as `gsam` does, of the base or, as `m_sam` and `every` do, an
-argument of the engine. Its hyperparameters have defaults here, which can be changed on
-the command line.
+argument of the engine; `functional_sam` has the loss taken in two parts. Its
+hyperparameters have defaults here, which can be changed on the command line.
 """
 
 import inspect
@@ -32,6 +32,11 @@ def _sparsify_by_fisher(
         num_examples=num_examples,
         estimator=fisher_estimator,
     )
+    return link
+
+
+def _precondition(*, b2: float, eps: float) -> optax.GradientTransformation:
+    link: optax.GradientTransformation = optax.scale_by_rms(b2, eps, eps_in_sqrt=False)
     return link
 
 
@@ -65,6 +70,8 @@ METHODS: Hyperparameters = {
     "gsam": {"rho": 0.5, "alpha": 0.05},
     "wsam": {"rho": 0.35, "gamma": 0.6},
     "asam": {"rho": 3.0, "eta": 0.0},
+    "functional_sam": {"rho": 0.5},
+    "preconditioned_sam": {"rho": 0.5, "b2": 0.999, "eps": 1e-8},
     # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
     "sparse_sam": {
         "rho": 0.7,
@@ -111,6 +118,9 @@ CIFAR10_HYPERPARAMETERS: Hyperparameters = {
     "gsam": {"rho": 0.1},
     "wsam": {"rho": 0.1},
     "asam": {"rho": 0.5},
+    # Whose paper has language models only; the rho is SAM's.
+    "functional_sam": {"rho": 0.1},
+    "preconditioned_sam": {"rho": 0.1},
     "sparse_sam": {"rho": 0.1},  # And a new mask each epoch, see config.py.
     "dynamic_sparse_sam": {"rho": 0.1},
     "rw_sam": {"rho": 0.1},
@@ -135,6 +145,7 @@ _BEFORE: Mapping[str, Callable[..., Any]] = {
     "vasso": optax_sam.suppress_variance,
     "one_pass_vasso": optax_sam.follow_average,
     "friendly_sam": optax_sam.remove_common_direction,
+    "preconditioned_sam": _precondition,
 }
 # In place of scale_to_radius.
 _RADII: Mapping[str, Callable[..., Any]] = {
@@ -172,7 +183,10 @@ _ONE_OF = (
 )
 # Whose ascents take no gradient of the batch, and what acts on one.
 _TAKE_NONE = ("momentum_sam", "one_pass_vasso")
-_NEED_ONE = ("rw_sam", "vasso", "friendly_sam", "m_sam", "look_sam")
+_NEED_ONE = (
+    *("rw_sam", "vasso", "friendly_sam", "preconditioned_sam"),
+    *("m_sam", "look_sam"),
+)
 
 
 def parts(method: str) -> list[str]:
@@ -215,6 +229,11 @@ def parts(method: str) -> list[str]:
 def takes_gradient(method: str) -> bool:
     """Whether a method has an ascent that reads the gradient of the batch."""
     return not set(parts(method)).intersection(("sgd", *_TAKE_NONE))
+
+
+def is_functional(method: str) -> bool:
+    """Whether a method takes the loss in two parts, see `optax_sam.functional_loss`."""
+    return "functional_sam" in method.split("+")
 
 
 def make_ascent(

@@ -13,6 +13,7 @@ from sam_examples.data import (
     training_batches,
 )
 from sam_examples.settings.config import Config
+from sam_examples.settings.methods import is_functional
 from sam_examples.training.build import make_ascent_loss_fn
 from sam_examples.training.evaluation import make_evaluate_batch
 from sam_examples.training.step import (
@@ -45,7 +46,7 @@ def make_image_task(
     image = np.arange(1)
     return Task(
         Objective(
-            make_loss_fn(model),
+            make_loss_fn(model, functional=is_functional(config.method)),
             make_scoring_loss_fn(model),
             make_prepare(dataset, config.augment),
             make_ascent_loss_fn(config, dataset),

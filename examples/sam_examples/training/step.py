@@ -76,14 +76,43 @@ class Objective(NamedTuple):
     ascent_loss_fn: LossFn | None = None
 
 
-def make_loss_fn(model: nn.Module) -> LossFn:
+def make_loss(
+    output_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    *,
+    functional: bool,
+    has_aux: bool = True,
+) -> Callable[..., Any]:
+    """The loss of a model's outputs, as a method takes it.
+
+    Args:
+      output_fn: see `optax_sam.functional_loss`.
+      loss_fn: the losses of the outputs, see there.
+      functional: whether the step of a sharpness-aware method is to know both parts,
+        which makes it that of Functional SAM.
+      has_aux: whether `output_fn` returns auxiliary data.
+    """
+    in_parts = optax_sam.functional_loss(output_fn, loss_fn, has_aux=has_aux)
+    return in_parts if functional else whole(in_parts)
+
+
+def whole(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss whose parts a step is not to know."""
+    return lambda *args: loss_fn(*args)
+
+
+def make_loss_fn(model: nn.Module, *, functional: bool = False) -> LossFn:
     """Makes `loss_fn(params, batch, batch_stats, key) -> losses, auxiliary`.
 
     `batch` is a `Split` of normalized images, `losses` has shape `[B]`, and the
     auxiliary data are the new running statistics and the share of correct predictions.
+
+    Args:
+      model: called as `model(images, train=True)`.
+      functional: see `make_loss`.
     """
 
-    def loss_fn(
+    def output_fn(
         params: Any, batch: Split, batch_stats: Any, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         logits, updated = model.apply(
@@ -93,11 +122,18 @@ def make_loss_fn(model: nn.Module) -> LossFn:
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
-        return losses, (updated.get("batch_stats", {}), accuracy)
+        return logits, (updated.get("batch_stats", {}), accuracy)
 
-    return loss_fn
+    return make_loss(output_fn, cross_entropies, functional=functional)
+
+
+def cross_entropies(logits: jax.Array, batch: Split, *_: Any) -> jax.Array:
+    """The losses `[B]` of logits `[B, C]`."""
+    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
+        logits, batch.labels
+    )
+    return losses
 
 
 def make_scoring_loss_fn(model: nn.Module) -> Callable[..., jax.Array]:
@@ -112,11 +148,8 @@ def make_scoring_loss_fn(model: nn.Module) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         del key  # Nothing is dropped in evaluation mode.
         variables = {"params": params, "batch_stats": batch_stats}
-        logits = model.apply(variables, batch.images, train=False)
-        losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch.labels
-        )
-        return losses
+        logits: Any = model.apply(variables, batch.images, train=False)
+        return cross_entropies(logits, batch)
 
     return scoring_loss_fn
 
@@ -141,6 +174,7 @@ def make_step(
     tx: optax.GradientTransformation,
     prepare: Prepare = lambda batch, key: (batch, key),
     *,
+    functional: bool = False,
     ascent_loss_fn: LossFn | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Step:
@@ -151,12 +185,16 @@ def make_step(
       tx: the optimizer, sharpness-aware or not.
       prepare: what the step does to a batch first, see `make_prepare`; by default the
         batch is as the model takes it.
+      functional: see `make_loss`.
       ascent_loss_fn: see `Objective`.
       batch_sharding: how each batch is shared among devices, where state and batch are
         on more than one.
     """
     objective = Objective(
-        make_loss_fn(model), make_scoring_loss_fn(model), prepare, ascent_loss_fn
+        make_loss_fn(model, functional=functional),
+        make_scoring_loss_fn(model),
+        prepare,
+        ascent_loss_fn,
     )
     return make_step_of(objective, tx, batch_sharding)
 

@@ -22,9 +22,16 @@ from sam_examples.data.token_batches import (
 )
 from sam_examples.models.decoding import SpecialTokens
 from sam_examples.models.encoder_decoder import EncoderDecoder
+from sam_examples.settings.methods import is_functional
 from sam_examples.settings.translation import TranslationConfig
 from sam_examples.training.sequences import mean_length, sentence_losses
-from sam_examples.training.step import LossFn, Metrics, Objective, TrainState
+from sam_examples.training.step import (
+    LossFn,
+    Metrics,
+    Objective,
+    TrainState,
+    make_loss,
+)
 from sam_examples.training.task import Evaluation, Task
 
 SPECIAL = SpecialTokens(PAD, BEGIN, END)
@@ -65,7 +72,9 @@ def make_translation_task(
     of_each_shape = list({shape: (shape, rows) for shape, rows in order}.values())
     return Task(
         Objective(
-            make_translation_loss_fn(model, config.label_smoothing),
+            make_translation_loss_fn(
+                model, config.label_smoothing, is_functional(config.method)
+            ),
             make_scoring_loss_fn(model, config.label_smoothing),
             prepare,
         ),
@@ -138,15 +147,17 @@ def after_begin(targets: ArrayLike) -> jax.Array:
     return jnp.concatenate([begin, targets[:, :-1]], axis=1)
 
 
-def make_translation_loss_fn(model: EncoderDecoder, smoothing: float) -> LossFn:
+def make_translation_loss_fn(
+    model: EncoderDecoder, smoothing: float, functional: bool = False
+) -> LossFn:
     """Makes `loss_fn(params, batch, batch_stats, key) -> losses, auxiliary`.
 
     `batch` is a `StepBatch`, the losses `[B]` are `sentence_losses`, and the auxiliary
     data are the batch statistics, which stay as they are, and the share of tokens
-    predicted.
+    predicted; with `functional` the step is to know the loss in two parts.
     """
 
-    def loss_fn(
+    def output_fn(
         params: Any, batch: StepBatch, batch_stats: Any, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         logits: Any = model.apply(
@@ -156,17 +167,24 @@ def make_translation_loss_fn(model: EncoderDecoder, smoothing: float) -> LossFn:
             train=True,
             rngs={"dropout": key},
         )
-        of_sentences = partial(
-            sentence_losses,
-            is_token=batch.targets != PAD,
-            mean_length=batch.mean_length,
-        )
-        losses = smoothed_cross_entropy(logits, batch.targets, smoothing)
         correct = jnp.argmax(logits, axis=-1) == batch.targets
-        accuracy = jnp.mean(of_sentences(correct))
-        return of_sentences(losses), (batch_stats, accuracy)
+        accuracy = jnp.mean(of_sentences(correct, batch))
+        return logits, (batch_stats, accuracy)
 
-    return loss_fn
+    loss_fn = partial(losses_of_logits, smoothing=smoothing)
+    return make_loss(output_fn, loss_fn, functional=functional)
+
+
+def losses_of_logits(
+    logits: jax.Array, batch: StepBatch, *_: Any, smoothing: float
+) -> jax.Array:
+    """The losses of sentences `[B]` of logits `[B, T, V]`."""
+    return of_sentences(smoothed_cross_entropy(logits, batch.targets, smoothing), batch)
+
+
+def of_sentences(token_losses: jax.Array, batch: StepBatch) -> jax.Array:
+    """The `sentence_losses` of a batch."""
+    return sentence_losses(token_losses, batch.targets != PAD, batch.mean_length)
 
 
 def make_scoring_loss_fn(model: EncoderDecoder, smoothing: float) -> Any:
@@ -179,8 +197,7 @@ def make_scoring_loss_fn(model: EncoderDecoder, smoothing: float) -> Any:
         written = after_begin(batch.targets)
         variables = {"params": params}
         logits: Any = model.apply(variables, batch.sources, written, train=False)
-        losses = smoothed_cross_entropy(logits, batch.targets, smoothing)
-        return sentence_losses(losses, batch.targets != PAD, batch.mean_length)
+        return losses_of_logits(logits, batch, smoothing=smoothing)
 
     return scoring_loss_fn
 
