@@ -3,23 +3,13 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import optax
-from sam_examples.data.parallel_text import (
-    Pairs,
-    ParallelText,
-    load_parallel_text,
-    read_lines,
-)
-from sam_examples.data.spelt_numbers import load_spelt_numbers
+from sam_examples.data.parallel_text import Pairs, ParallelText, read_lines
 from sam_examples.data.subwords import Subwords, learn_subwords, load_subwords
 from sam_examples.data.token_batches import EncodedPairs
-from sam_examples.models.encoder_decoder import EncoderDecoder, make_translator
 from sam_examples.settings.command_line import (
     make_run_directory,
     one_line_errors,
@@ -33,7 +23,6 @@ from sam_examples.settings.run_options import as_json, num_devices
 from sam_examples.settings.translation import (
     TranslationConfig,
     check_translation,
-    model_options,
     parse_translation,
 )
 from sam_examples.training.build import Optimizer, check_layers
@@ -45,27 +34,19 @@ from sam_examples.training.loop import (
     stopped_in_a_line,
 )
 from sam_examples.training.run import Run, training_settings
-from sam_examples.training.translation import make_init, make_translation_task
+from sam_examples.training.translation import (
+    load_text,
+    make_model,
+    make_translation_task,
+)
 from sam_examples.training.translator import (
+    PARAMETERS,
+    SUBWORDS,
     Translator,
-    check_finished,
     judged,
-    load_parameters,
+    load_finished,
     save_parameters,
 )
-
-SUBWORDS, PARAMETERS = "subwords.model", "parameters.msgpack"
-
-
-def load_text(config: TranslationConfig) -> ParallelText:
-    """Loads the text, and warns of what is left out of it."""
-    languages = config.source, config.target
-    if config.data_dir is None:
-        return load_spelt_numbers(*languages)
-    text = load_parallel_text(config.data_dir, *languages)
-    for note in text.notes:
-        warn(note)
-    return text
 
 
 def warn(note: str) -> None:
@@ -82,11 +63,6 @@ def encode(pairs: Pairs, name: str, subwords: Subwords, longest: int) -> Encoded
             f"--max-length {longest} and cut off"
         )
     return encoded.cut_off(longest)
-
-
-def make_model(config: TranslationConfig, subwords: Subwords) -> EncoderDecoder:
-    """The model of a configuration."""
-    return make_translator(config.model, len(subwords), **model_options(config))
 
 
 def choose_hyperparameters(config: TranslationConfig, steps: int) -> dict[str, Any]:
@@ -143,14 +119,10 @@ def report(
 
 def translate_file(config: TranslationConfig, sentences: Path, directory: Path) -> None:
     """Translates a file by a finished run, and prints the translations."""
-    check_finished(directory / PARAMETERS)
-    subwords = load_subwords(directory / SUBWORDS)
-    model = make_model(config, subwords)
-    like = jax.eval_shape(partial(make_init(model), config.seed, optax.identity()))
-    params = load_parameters(directory / PARAMETERS, like.params)
+    finished = load_finished(config, directory)
     lines = read_lines(sentences)
     if lines:
-        translator = Translator(config, model, subwords, params, num_devices(config))
+        translator = Translator(config, *finished, num_devices(config))
         print("\n".join(translator(lines)))
 
 
@@ -168,6 +140,8 @@ def _main(args: Sequence[str]) -> None:
             translate_file(config, config.translate, config.out)
             return
         text = load_text(config)
+        for note in text.notes:
+            warn(note)
         devices = num_devices(config)
         name = f"{text.name}-{config.source}-{config.target}"
         directory = make_run_directory(config.out, f"{name}-{config.method}")
@@ -181,7 +155,7 @@ def _main(args: Sequence[str]) -> None:
             encode(pairs, split, subwords, config.max_length)
             for split, pairs in (("train", text.train), ("valid", text.valid))
         )
-        model = make_model(config, subwords)
+        model = make_model(config, len(subwords))
         together = choose_hyperparameters(config, 1).get("micro_batch_size", 1)
         task = make_translation_task(
             config, train, valid, model, math.lcm(devices, together)

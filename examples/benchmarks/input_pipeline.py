@@ -4,8 +4,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -33,7 +32,6 @@ from sam_examples.data import (
     augment,
     load_image_folders,
     normalize,
-    prefetched,
     training_batches,
 )
 from sam_examples.settings.command_line import check_stages, one_line_errors
@@ -176,37 +174,6 @@ def training(case: Case, epochs: int) -> Any:
     return training_batches(case.split, batch_size=size, epochs=epochs, seed=0)
 
 
-def making_batches(
-    case: Case, options: Options, first_seconds: list[float]
-) -> Callable[[], float]:
-    """A function that makes the next batches, and returns the seconds of one.
-
-    Args:
-      case: the images.
-      options: says how many batches, and by how many threads.
-      first_seconds: gets the seconds until the first batch of each call.
-    """
-    steps = len(case.split.labels) // case.batch_size
-    calls = options.rounds + 2  # Two warm up.
-    dataset = training(case, epochs=-(-calls * options.batches // steps))
-    done = 0
-
-    def turn() -> float:
-        nonlocal done
-        start = time.perf_counter()
-        # Nothing is left to prepare when the next turn is timed.
-        part = dataset[done : done + options.batches]
-        with_threads = prefetched(part, num_threads=options.threads)
-        next(with_threads)
-        first_seconds.append(time.perf_counter() - start)
-        for _ in with_threads:
-            pass
-        done += options.batches
-        return (time.perf_counter() - start) / options.batches
-
-    return turn
-
-
 def measure_case(name: str, options: Options) -> dict[str, dict[str, float]]:
     """A row for each step."""
     with make_case(name, options) as case:
@@ -218,7 +185,12 @@ def measure_case(name: str, options: Options) -> dict[str, dict[str, float]]:
             compiled = measure.compile_step(row, problem)
             turns[method] = compiled.turn(problem.batch)
         first_seconds: list[float] = []
-        turns[PIPELINE] = making_batches(case, options, first_seconds)
+        size = options.batches
+        calls = options.rounds + measure.WARM_UP
+        dataset = training(case, epochs=-(-calls * size // len(epoch)))
+        turns[PIPELINE] = measure.making_batches(
+            dataset, size, first_seconds, num_threads=options.threads
+        )
         seconds = measure.in_turns(turns, options.rounds)
     return {
         f"{name}, {method}": _figures(

@@ -21,6 +21,7 @@ from sam_examples.settings.methods import make_tx
 from sam_examples.settings.run_options import as_json
 from sam_examples.settings.translation import parse_translation
 from sam_examples.training import run as runs
+from sam_examples.training import translation
 from sam_examples.training.build import Optimizer
 from sam_examples.training.checkpoints import Checkpoints
 from sam_examples.training.step import make_step_of
@@ -117,7 +118,7 @@ def test_what_is_wrong_is_said_in_a_line(
 def few_numbers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            translate,
+            translation,
             "load_spelt_numbers",
             lambda *languages: load_spelt_numbers(
                 *languages, num_train=200, num_valid=20, num_test=10

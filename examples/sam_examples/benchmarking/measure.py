@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 import optax_sam
-from sam_examples.data import Split
+from sam_examples.data import Split, prefetched
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.factories import convolution
 from sam_examples.models.resnet import ResNet
@@ -31,6 +32,7 @@ from sam_examples.training.step import LossFn, TrainState, make_loss_fn
 
 BASE = optax.sgd(0.1, momentum=0.9)
 RHO = 0.1
+WARM_UP = 2  # Rounds before those that count.
 SGD = "SGD"
 
 
@@ -198,7 +200,7 @@ def timed(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def in_turns(
-    turns: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: int = 2
+    turns: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: int = WARM_UP
 ) -> dict[str, Any]:
     """Calls all in turns (A B C A B C ...); returns what each returned, round by round.
 
@@ -236,6 +238,39 @@ def stepping(
         nonlocal state
         state, seconds = timed(take, state)
         return seconds / steps
+
+    return turn
+
+
+def making_batches(
+    dataset: grain.MapDataset,
+    batches: int,
+    first_seconds: list[float],
+    *,
+    num_threads: int | None = None,
+) -> Callable[[], float]:
+    """A function that makes the next batches, and returns the seconds of one.
+
+    Args:
+      dataset: the batches of all calls.
+      batches: how many of them a call makes.
+      first_seconds: gets the seconds until the first batch of each call.
+      num_threads: see `prefetched`.
+    """
+    done = 0
+
+    def turn() -> float:
+        nonlocal done
+        start = time.perf_counter()
+        # Nothing is left to prepare when the next turn is timed.
+        part = dataset[done : done + batches]
+        with_threads = prefetched(part, num_threads=num_threads)
+        next(with_threads)
+        first_seconds.append(time.perf_counter() - start)
+        for _ in with_threads:
+            pass
+        done += batches
+        return (time.perf_counter() - start) / batches
 
     return turn
 

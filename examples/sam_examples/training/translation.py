@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from sam_examples.data.parallel_text import ParallelText, load_parallel_text
+from sam_examples.data.spelt_numbers import load_spelt_numbers
 from sam_examples.data.subwords import BEGIN, END, PAD
 from sam_examples.data.token_batches import (
     EncodedPairs,
@@ -21,9 +23,9 @@ from sam_examples.data.token_batches import (
     training_batches,
 )
 from sam_examples.models.decoding import SpecialTokens
-from sam_examples.models.encoder_decoder import EncoderDecoder
+from sam_examples.models.encoder_decoder import EncoderDecoder, make_translator
 from sam_examples.settings.methods import is_functional
-from sam_examples.settings.translation import TranslationConfig
+from sam_examples.settings.translation import TranslationConfig, model_options
 from sam_examples.training.sequences import mean_length, sentence_losses
 from sam_examples.training.step import (
     LossFn,
@@ -35,6 +37,24 @@ from sam_examples.training.step import (
 from sam_examples.training.task import Evaluation, Task
 
 SPECIAL = SpecialTokens(PAD, BEGIN, END)
+
+
+def load_text(config: TranslationConfig) -> ParallelText:
+    """The text of a training.
+
+    Raises:
+      FileNotFoundError: if the directory or one of its files is missing.
+      ValueError: if a language is not there, or the files do not fit together.
+    """
+    languages = config.source, config.target
+    if config.data_dir is None:
+        return load_spelt_numbers(*languages)
+    return load_parallel_text(config.data_dir, *languages)
+
+
+def make_model(config: TranslationConfig, vocabulary: int) -> EncoderDecoder:
+    """The model of a training, for so many subwords."""
+    return make_translator(config.model, vocabulary, **model_options(config))
 
 
 def make_translation_task(

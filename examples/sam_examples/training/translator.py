@@ -9,16 +9,20 @@ from typing import Any, NamedTuple
 import flax.serialization
 import jax
 import numpy as np
+import optax
 import sacrebleu
 
 from sam_examples.data.parallel_text import Pairs
-from sam_examples.data.subwords import Subwords
+from sam_examples.data.subwords import Subwords, load_subwords
 from sam_examples.data.token_batches import Shape, choose_shapes, evaluation_order
 from sam_examples.devices.sharding import by_examples, make_mesh
 from sam_examples.models.decoding import translate
 from sam_examples.models.encoder_decoder import EncoderDecoder
 from sam_examples.settings.translation import TranslationConfig
-from sam_examples.training.translation import SPECIAL
+from sam_examples.training.translation import SPECIAL, make_init, make_model
+
+# The files of a run.
+SUBWORDS, PARAMETERS = "subwords.model", "parameters.msgpack"
 
 
 class Quality(NamedTuple):
@@ -49,7 +53,7 @@ class Translator:
     """Translates by a model in evaluation mode.
 
     Attributes:
-      sentences_per_second: in the latest call, with what it compiled.
+      sentences_per_second: in the latest call, apart from what it compiled.
     """
 
     def __init__(
@@ -71,12 +75,12 @@ class Translator:
             beams=config.beams,
             alpha=config.length_penalty,
         )
-        self._search: Any = jax.jit(search, static_argnames="length")
+        self._jitted: Any = jax.jit(search, static_argnames="length")
+        self._searches: dict[Shape, Any] = {}
         self.sentences_per_second = 0.0
 
     def __call__(self, sentences: Sequence[str]) -> list[str]:
         """Translates sentences; one longer than `max_length` is cut off there."""
-        start = time.perf_counter()
         sources = self._subwords.encode(sentences)
         lengths = np.minimum(sources.lengths, self._config.max_length)
         shapes = choose_shapes(
@@ -89,8 +93,12 @@ class Translator:
             count=self._config.shapes,
             rows_divisible_by=self._devices,
         )
+        order = evaluation_order(lengths, shapes)
+        for shape in dict(order):
+            self._compile(shape)
         translations = [""] * len(sentences)
-        for shape, rows in evaluation_order(lengths, shapes):
+        start = time.perf_counter()
+        for shape, rows in order:
             tokens = self._translate(sources.padded(rows, shape.length), shape)
             found = self._subwords.decode(tokens[: len(rows)])
             for row, translation in zip(rows, found, strict=True):
@@ -99,12 +107,19 @@ class Translator:
         self.sentences_per_second = len(sentences) / seconds
         return translations
 
+    def _compile(self, shape: Shape) -> None:
+        if shape not in self._searches:
+            sources = jax.device_put(np.zeros(shape, np.int32), self._place)
+            lowered = self._jitted.lower(
+                self._params, sources, length=2 * shape.length + 8
+            )
+            self._searches[shape] = lowered.compile()
+
     def _translate(self, sources: np.ndarray, shape: Shape) -> np.ndarray:
         # Empty sentences, that end at once, fill the last batch up.
         filled = np.pad(sources, ((0, shape.rows - len(sources)), (0, 0)))
         placed = jax.device_put(filled, self._place)
-        length = 2 * shape.length + 8
-        return np.asarray(self._search(self._params, placed, length=length))
+        return np.asarray(self._searches[shape](self._params, placed))
 
 
 def judged(translator: Translator, pairs: Pairs, path: Path) -> Quality:
@@ -127,6 +142,21 @@ def check_finished(path: Path) -> None:
             f"{path} is missing; --out must be the directory of a finished run: go on "
             "with it by --resume first."
         )
+
+
+def load_finished(
+    config: TranslationConfig, directory: Path
+) -> tuple[EncoderDecoder, Subwords, Any]:
+    """The model, the subwords and the parameters of a finished run.
+
+    Raises:
+      ValueError: if a file is missing, damaged or of another model.
+    """
+    check_finished(directory / PARAMETERS)
+    subwords = load_subwords(directory / SUBWORDS)
+    model = make_model(config, len(subwords))
+    like = jax.eval_shape(partial(make_init(model), config.seed, optax.identity()))
+    return model, subwords, load_parameters(directory / PARAMETERS, like.params)
 
 
 def load_parameters(path: Path, like: Any) -> Any:
