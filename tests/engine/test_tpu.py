@@ -43,6 +43,11 @@ SHARDED = (
     ("dynamic_between", "dynamic"),
 )
 
+TRANSLATION = (
+    ("--problem=translation", "--layers=1", "--width=128", "--batch-size=8"),
+    ("base", "sam"),
+)
+
 
 @functools.cache
 def rows(sizes, methods):
@@ -121,3 +126,19 @@ def test_a_round_of_counting_is_one_collective_for_all_arrays():
     # One in each of two loops and a few before, not three for each of four arrays.
     number = figures["dynamic"]["collectives"]
     assert number - figures["dynamic_between"]["collectives"] <= 8
+
+
+@pytest.mark.parametrize("layout", ["jit", "fully_sharded"])
+def test_a_translation_gathers_and_reduces_what_two_steps_of_adamw_do(layout):
+    sizes, methods = TRANSLATION
+    options = (*sizes, "--base=adamw", f"--layout={layout}")
+    base, sam = rows(options, methods).values()
+    assert 1.95 < sam["FLOPs / base"] < 2.01
+    assert base["state / params"] == pytest.approx(2, abs=0.01)
+    assert sam["state_bytes"] - base["state_bytes"] < 100  # Counts and losses.
+    for kind in ("all-gather_bytes", "all-reduce_bytes"):
+        assert sam.get(kind, 0) <= 2.01 * base.get(kind, 0)
+    assert sam["collectives"] <= 2 * base["collectives"]
+    assert layout == "fully_sharded" or "all-gather_bytes" not in sam
+    # Parameters, two moments, and hardly more for the batch.
+    assert sam["argument_bytes"] < 3.1 * sam["param_bytes"]

@@ -132,7 +132,8 @@ def test_every_network_can_be_had_from_shapes():
     # From shapes; images and widths as small as the networks allow.
     small = {"image_size": 32, "width": 128, "layers": 1, "batch_size": 2}
     mesh = sharding.make_mesh(2)
-    for name in ("leaves", "matrices", "transformer", "vit_b", "resnet8", "resnet50"):
+    names = ("leaves", "matrices", "transformer", "vit_b", "resnet8", "resnet50")
+    for name in (*names, "translation"):
         recipe = problems.NETWORKS[name]
         asked = {
             size: value

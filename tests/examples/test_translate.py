@@ -212,11 +212,12 @@ def capsys_cleared(capsys):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("method", ["m_sam", "functional_sam+m_sam"])
 def test_eight_devices_with_parts_of_the_parameters_do_what_one_does(
-    few_numbers, tmp_path
+    few_numbers, tmp_path, method
 ):
     # Batches have the same rows if eight divides them on one device too.
-    options = ["--method", "m_sam", "--hyperparameters", "micro_batch_size=8"]
+    options = ["--method", method, "--hyperparameters", "micro_batch_size=8"]
     options += ["--shapes", "1", "--dropout", "0"]
     alone = run(tmp_path / "alone", *options)
     sharded = run(tmp_path / "sharded", *options, "--devices", "8", "--fully-sharded")
