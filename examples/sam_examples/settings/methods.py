@@ -70,6 +70,7 @@ METHODS: Hyperparameters = {
     "gsam": {"rho": 0.5, "alpha": 0.05},
     "wsam": {"rho": 0.35, "gamma": 0.6},
     "asam": {"rho": 3.0, "eta": 0.0},
+    # Of these two nothing was tuned; the rho is SAM's.
     "functional_sam": {"rho": 0.5},
     "preconditioned_sam": {"rho": 0.5, "b2": 0.999, "eps": 1e-8},
     # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
