@@ -15,6 +15,7 @@ import problems
 import pytest
 from flax import nnx
 from sam_examples.settings.config_file import parse
+from sam_examples.settings.translation import parse_translation
 
 import optax_sam
 from optax_sam.flax import nnx_value_and_update
@@ -577,10 +578,16 @@ def test_diagnostics():
 
 
 def test_commands():
-    (application,) = documents.commands("docs/training.md")
+    application, translation = documents.commands("docs/training.md")
     (processes,) = documents.commands("docs/devices.md")
     assert "examples/multi_process.py" in processes
     script, *options = application.split()[1:]
     assert script == "examples/train.py"
     asked = parse(options)
     assert (asked.dataset, asked.model, asked.epochs) == ("cifar10", "resnet8", 3)
+    training, use = (line.split()[1:] for line in translation.splitlines())
+    assert training[0] == use[0] == "examples/translate.py"
+    trained, used = parse_translation(training[1:]), parse_translation(use[1:])
+    assert (trained.target, trained.method) == ("en", "functional_sam")
+    assert used.out == trained.out
+    assert used.translate.suffix == ".de"
