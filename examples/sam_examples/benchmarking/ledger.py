@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sam_examples.benchmarking.fast_cifar import Recipe, Run
+from sam_examples.benchmarking.fast_cifar import Run
 from sam_examples.benchmarking.plans import (
     MORE_SEEDS,
     Contestant,
@@ -45,14 +45,12 @@ class Ledger:
       results: what is recorded of each run.
     """
 
-    def __init__(
-        self, directory: Path, recipe: Recipe, groups: Sequence[Group]
-    ) -> None:
+    def __init__(self, directory: Path, recipe: Any, groups: Sequence[Group]) -> None:
         """Reads what is there.
 
         Args:
           directory: of the runs, which need not exist.
-          recipe: what all runs have in common.
+          recipe: what all runs have in common, a dataclass that has defaults.
           groups: the runs that are wanted.
 
         Raises:
@@ -60,10 +58,17 @@ class Ledger:
         """
         self._directory = directory
         self._recipe = _plain(dataclasses.asdict(recipe))
+        self._defaults = _plain(dataclasses.asdict(type(recipe)()))
         self._groups = groups
+        self._seen: set[Path] = set()
         self.results: dict[Run, Mapping[str, Any]] = {}
-        for path in sorted(directory.glob("*.json")):
+        self.read()
+
+    def read(self) -> None:
+        """Reads what is new, as of another program that adds to the same directory."""
+        for path in sorted(set(self._directory.glob("*.json")) - self._seen):
             self._read(path)
+            self._seen.add(path)
 
     def _read(self, path: Path) -> None:
         try:
@@ -72,7 +77,7 @@ class Ledger:
             pairs = settings.pop("hyperparameters").items()
             run = Run(**settings, hyperparameters=tuple(map(_hashable, pairs)))
             # What a recipe did not say when a run was recorded was as by default.
-            recipe = _plain(dataclasses.asdict(Recipe())) | result["recipe"]
+            recipe = self._defaults | result["recipe"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no run of a ledger ({type(error).__name__}: {error}); move "
@@ -88,11 +93,16 @@ class Ledger:
 
     @property
     def scores(self) -> dict[Run, float]:
-        """Accuracy on the held-out split of all runs."""
-        return {run: result["valid"] for run, result in self.results.items()}
+        """Scores on held-out data of all runs."""
+        return {run: self.score(result) for run, result in self.results.items()}
+
+    def score(self, result: Mapping[str, Any]) -> float:
+        """What hyperparameters are chosen by: accuracy on the held-out split."""
+        return float(result["valid"])
 
     def missing(self) -> Iterator[Run]:
         """The runs that are not there, in order of worth."""
+        self.read()
         return (r for r in in_order(self._groups, self.scores) if r not in self.results)
 
     def add(self, run: Run, figures: Mapping[str, Any]) -> None:
@@ -105,6 +115,7 @@ class Ledger:
         part = path.with_suffix(".part")
         write_json(part, result)
         part.replace(path)
+        self._seen.add(path)
         self.results[run] = result
 
     def summary(self) -> list[dict[str, Any]]:
@@ -128,12 +139,9 @@ class Ledger:
         tried = [
             contestant.run(other, noise, 0) in self.results for other in contestant.grid
         ]
-        figures = {
-            name: [result[name] for result in results]
-            for name in ("valid", "test", "step_seconds")
-        }
+        noisy = any(any(group.noises) for group in self._groups)
         return {
-            "noise": f"{noise:g}",
+            **({"noise": f"{noise:g}"} if noisy else {}),
             "configuration": contestant.label,
             "epochs": contestant.epochs,
             "best of": sum(tried),
@@ -143,9 +151,22 @@ class Ledger:
                 if isinstance(value, float) and (name != "sparsity")
             ),
             "seeds": len(results),
-            "held out": _mean_and_spread(figures["valid"]),
-            "test": _mean_and_spread(figures["test"]),
-            "ms a step": f"{1000 * np.median(figures['step_seconds']):.2f}",
+            **self.columns(contestant, results),
+        }
+
+    def columns(
+        self, contestant: Contestant, results: Sequence[Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """The figures of a row, from the runs of all its seeds."""
+        del contestant
+        valid, test, seconds = (
+            [result[name] for result in results]
+            for name in ("valid", "test", "step_seconds")
+        )
+        return {
+            "held out": mean_and_spread(100 * np.asarray(valid)),
+            "test": mean_and_spread(100 * np.asarray(test)),
+            "ms a step": f"{1000 * np.median(seconds):.2f}",
         }
 
 
@@ -171,12 +192,12 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mean_and_spread(shares: Sequence[float]) -> str:
-    """In per cent; the standard deviation over seeds where there are several."""
-    percents = 100 * np.asarray(shares)
-    if len(percents) == 1:
-        return f"{percents[0]:.2f}"
-    return f"{percents.mean():.2f} ± {percents.std(ddof=1):.2f}"
+def mean_and_spread(figures: Any, digits: int = 2) -> str:
+    """The mean, and the standard deviation over seeds where there are several."""
+    mean = f"{np.mean(figures):.{digits}f}"
+    if len(figures) == 1:
+        return mean
+    return f"{mean} ± {np.std(figures, ddof=1):.{digits}f}"
 
 
 def _plain(value: Any) -> Any:

@@ -162,6 +162,35 @@ PLANS: Mapping[str, Sequence[Group]] = {
     "gpu": tuple(map(Group, _GPU)),
     "cpu": tuple(Group(group, (noise,)) for noise in (0.4, 0.0) for group in _CPU),
 }
+# Of Transformers that learn to translate.
+_ADAMW = {"learning_rate": 1.2e-2}
+_BRIEF_EPOCHS = 10
+
+
+def _translating(
+    label: str, method: str, *grid: Mapping[str, Any], longer: int = 1
+) -> Group:
+    trials = tuple({**_ADAMW, **trial} for trial in grid)
+    epochs = longer * _BRIEF_EPOCHS
+    return Group((Contestant(label, method, trials, epochs),), (0.0,))
+
+
+_TWO_RHOS = _grid(0.05, 0.2)
+TRANSLATION: Sequence[Group] = (
+    _translating(
+        "AdamW", "sgd", *({"learning_rate": rate} for rate in (1.2e-2, 6e-3, 2.4e-2))
+    ),
+    _translating("SAM", "sam", *_TWO_RHOS),
+    _translating("Functional SAM", "functional_sam", *_TWO_RHOS),
+    _translating("Momentum-SAM", "momentum_sam", *_grid(0.5, 2.0)),
+    _translating("VaSSO, theta 0.9", "vasso", *_grid(0.05, 0.2, theta=0.9)),
+    _translating("VaSSO, theta 0.4", "vasso", *_grid(0.05, 0.2, theta=0.4)),
+    _translating("preconditioned SAM", "preconditioned_sam", *_grid(0.2, 0.8)),
+    _translating("AdamW, twice as long", "sgd", {}, longer=2),
+    _translating(
+        "Momentum-SAM, twice as long", "momentum_sam", *_grid(0.5, 2.0), longer=2
+    ),
+)
 MORE_SEEDS = (1, 2)
 
 # Accuracy on the held-out split, of the runs that are there.
