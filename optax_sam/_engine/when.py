@@ -86,7 +86,14 @@ def decide(
     """Whether a step ascends, by what `sharpness_aware` was given; None for always."""
     if ascend_when is None:
         return None
-    found = ascend_when(step)
+    try:
+        found = ascend_when(step)
+    except jax.errors.TracerBoolConversionError as error:
+        raise TypeError(
+            f"{owner}: ascend_when has to know the count of steps to return, by `if`, "
+            "`and`, `or`, `not` or a comparison of three, and it is traced; combine "
+            f"conditions by &, | and ~, or {_REMEDY}."
+        ) from error
     if isinstance(found, bool | np.bool_):
         return bool(found)
     if not (isinstance(found, jax.Array) and found.dtype == bool and not found.shape):

@@ -124,6 +124,23 @@ def test_what_decides_nothing_is_refused_in_the_step(when):
         jax.eval_shape(step, SMALL.params, state, SMALL.batch)
 
 
+@pytest.mark.parametrize(
+    "when",
+    [
+        lambda count: True if count < 5 else count % 2 == 0,
+        lambda count: 2 < count < 5,
+        lambda count: not count < 5,
+    ],
+)
+def test_what_has_to_know_the_count_is_refused_in_the_step(when):
+    tx = sam(when)
+    state = tx.init(SMALL.params)
+    step = optax_sam.value_and_update(SMALL.loss_fn, tx)
+    message = r"sharpness_aware: ascend_when has to know the count.* &, \| and ~, or "
+    with pytest.raises(TypeError, match=message):
+        jax.eval_shape(step, SMALL.params, state, SMALL.batch)
+
+
 def compiled(step):
     """In code that is not optimised, where a product is always rounded alone."""
     return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
