@@ -23,6 +23,7 @@ from optax_sam.flax import nnx_value_and_update
 # What the tests execute: here, in test_readme.py and in test_recipes.py.
 TESTED = {
     "README.md": {"Flax linen", "Flax NNX", "Composing"},
+    "CONTRIBUTING.md": {"Adding a method"},
     "docs/cheaper-perturbations.md": {"Perturbations that cost less"},
     "docs/devices.md": {
         "Inside `shard_map` and `pmap`",
@@ -84,6 +85,23 @@ def test_anchors_are_those_of_github():
     found = documents.anchors("examples/benchmarks/README.md")
     assert "sharded_memorypy-a-billion-parameters-fully-sharded" in found
     assert "flax-nnxs-nnxoptimizer" in documents.anchors("docs/recipes.md")
+
+
+def test_adding_a_method():
+    scope = {"__name__": "sign_sam"}
+    exec(documents.python("CONTRIBUTING.md")["Adding a method"], scope)
+    base, params = optax.sgd(1.0), jnp.array([1.0, -3.0])
+    # The gradient at w is that of half the squared length.
+    for rho, expected in ((0.5, [-1.5, 3.5]), (0.0, [-1.0, 3.0])):
+        tx = scope["sign_sam"](base, rho)
+        state = tx.init(params)
+        updates, _ = tx.update(params, state, params, grad_fn=lambda w: w)
+        np.testing.assert_array_equal(updates, expected)
+    nothing, state = tx.update(params * jnp.nan, state, params, grad_fn=lambda w: w)
+    np.testing.assert_array_equal(nothing, -params)
+    assert state.ascent_state.count == 0
+    with pytest.raises(ValueError, match=r"^sign_sam: rho = -1 "):
+        scope["sign_sam"](base, rho=-1.0)
 
 
 def after_the_quickstart(page, heading):
