@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._ascents.sam import scale_to_radius
 from optax_sam._base import trees
 from optax_sam._base.checks import called, calling
-from optax_sam._base.hyperparameters import ScalarOrSchedule
+from optax_sam._base.hyperparameters import ScalarOrSchedule, as_schedule
 from optax_sam._engine import protocol
 from optax_sam._engine.kept import Tried, check_keeps_gradients, kept_by_base
 from optax_sam._engine.sharpness_aware import sharpness_aware
@@ -127,10 +126,11 @@ def follow_momentum(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
       Overhead <https://arxiv.org/abs/2401.12033>`_, 2024
     """
     owner = called("follow_momentum")
-    radius = scale_to_radius(rho)
+    radius = as_schedule(owner, "rho", rho)
 
     def init_fn(params: optax.Params) -> FollowMomentumState:
-        return FollowMomentumState(radius.init(params).count)
+        del params
+        return FollowMomentumState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
         updates: optax.Updates,
@@ -145,10 +145,10 @@ def follow_momentum(rho: ScalarOrSchedule) -> optax.GradientTransformationExtraA
         protocol.require_gradient(owner, updates, is_gradient, _FIRST)
         momentum = kept_by_base(owner, _NAMES, base_state, updates, _REMEDY)
         like = updates if params is None else params
-        behind, state = radius.update(momentum, state, like)
+        behind = trees.scale_to_norm(momentum, radius(state.count), kept=True)
         # Not the momentum, of which there would be a copy for the norm.
-        epsilon = trees.map_present(jnp.negative, behind)
-        return epsilon, FollowMomentumState(state.count)
+        epsilon = trees.cast_like(trees.map_present(jnp.negative, behind), like)
+        return epsilon, FollowMomentumState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -5,6 +5,7 @@ that sharded leaves stay where they are. A leaf that is `optax.MaskedNode` is
 *absent*: it takes part in nothing and is handed on as it is.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -130,31 +131,41 @@ def ratio(x: Any, size: jax.Array) -> Any:
 
 
 def scale_to_norm(
-    tree: chex.ArrayTree, norm: chex.Numeric, weights: chex.ArrayTree | None = None
+    tree: chex.ArrayTree,
+    norm: chex.Numeric,
+    weights: chex.ArrayTree | None = None,
+    *,
+    kept: bool = False,
 ) -> chex.ArrayTree:
     r"""Scales a tree to a norm: :math:`\text{norm} \cdot x / \|w \odot x\|`.
 
     The norm is the Euclidean one of the whole tree. Squares are added up on several
     scales in one read of it, of which one counts: there no square overflows, and none
-    that matters underflows. So the scale of `tree` drops out. A CPU adds them up as
-    they are, and on other scales only where that does not do.
+    that matters underflows. So the scale of `tree` drops out.
 
     Args:
       tree: Pytree of real arrays of any shapes.
       norm: Scalar, the norm of the weighted result.
       weights: Pytree of the same shapes, what entries are multiplied by for their norm
         alone; None for ones.
+      kept: Whether the tree is kept from the step before. A CPU, which reads it once
+        for each scale, then adds up on one, and on others only where that does not do.
+        Of a gradient, which is made in the step, it would keep a copy for that.
 
     Returns:
       The scaled tree, in the default float type, which is float64 under
       `jax_enable_x64`. Zeros if all products are; not finite if `tree` is not.
     """
-    scaled, _ = scaling_to_norm(tree, norm, weights)
+    scaled, _ = scaling_to_norm(tree, norm, weights, kept=kept)
     return scaled(tree)
 
 
 def scaling_to_norm(
-    tree: chex.ArrayTree, norm: chex.Numeric, weights: chex.ArrayTree | None = None
+    tree: chex.ArrayTree,
+    norm: chex.Numeric,
+    weights: chex.ArrayTree | None = None,
+    *,
+    kept: bool = False,
 ) -> tuple[Callable[[chex.ArrayTree], chex.ArrayTree], jax.Array]:
     """The function that scales a tree so, and the norm of the products before that.
 
@@ -164,7 +175,10 @@ def scaling_to_norm(
     given = () if weights is None else (map_present(lambda _, w: w, tree, weights),)
     leaves = list(zip(*map(jax.tree.leaves, (tree, *given)), strict=True))
     scale, total = jax.lax.platform_dependent(
-        leaves, cpu=_on_usual_scale, cuda=_on_joint_scales, default=_on_scales
+        leaves,
+        cpu=_on_usual_scale if kept else functools.partial(_on_scales, clip=False),
+        cuda=_on_joint_scales,
+        default=_on_scales,
     )
     # Fires where the tree is all zeros.
     root = jnp.sqrt(jnp.where(total == 0, 1, total))
@@ -178,10 +192,7 @@ def scaling_to_norm(
 
 
 def _on_usual_scale(leaves: _Leaves) -> tuple[jax.Array, jax.Array]:
-    """On a CPU, which reads the leaves once for each sum: by a single one, if it can.
-
-    A condition costs nothing there; where it is a choice, as in `vmap`, all is done.
-    """
+    """As `_on_scales`, on a CPU by a single sum if it can; in `vmap` all are made."""
     total = _sum_of_squares(leaves)
     least = _scales()[0] ** 0.75
     cond: Any = jax.lax.cond

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,12 @@ from optax_sam._base import trees
 
 ABSENT = optax.MaskedNode()
 # What each kind of device has.
-FOR_DEVICES = [trees._on_usual_scale, trees._on_scales, trees._on_joint_scales]
+FOR_DEVICES = [
+    trees._on_usual_scale,
+    trees._on_scales,
+    functools.partial(trees._on_scales, clip=False),
+    trees._on_joint_scales,
+]
 
 
 @cover(
@@ -60,7 +67,8 @@ def test_scale_to_norm_in_float32_beyond_the_range_of_squares(
     unit = np.float32(10.0) ** exponent
     for entries in ([1], [0, 0], [1, 2, 3, 4]):
         tree = [unit * np.array(entries, np.float32), np.zeros(1, np.float32)]
-        out, zero = jax.jit(trees.scale_to_norm)(tree, 2.0)
+        scale_to_norm = functools.partial(trees.scale_to_norm, kept=True)
+        out, zero = jax.jit(scale_to_norm)(tree, 2.0)
         expected = 2 * np.array(entries) / (np.linalg.norm(entries) or 1)
         np.testing.assert_allclose(out, expected, rtol=1e-6)
         np.testing.assert_array_equal(zero, 0)
@@ -78,7 +86,8 @@ def test_scale_to_norm_of_entries_of_all_sizes(largest):
 def test_scale_to_a_weighted_norm(find, monkeypatch):
     monkeypatch.setattr(trees, "_on_usual_scale", find)
     tree, weights = {"a": jnp.array([3.0, -4.0]), "b": ABSENT}, jnp.array([4.0, 3.0])
-    out = trees.scale_to_norm(tree, 2.0, {"a": weights, "b": jnp.ones(5)})
+    weights = {"a": weights, "b": jnp.ones(5)}
+    out = trees.scale_to_norm(tree, 2.0, weights, kept=True)
     assert out["b"] == ABSENT
     np.testing.assert_allclose(out["a"], np.array([3, -4]) / (6 * 2**0.5), rtol=1e-6)
 
