@@ -97,11 +97,14 @@ def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
     return jnp.sum(stack(jax.tree.map(of_leaves, a, b)))
 
 
-def all_finite(tree: chex.ArrayTree) -> jax.Array:
-    """Whether no entry of a tree is infinite or NaN."""
+def all_finite(tree: chex.ArrayTree, *, kept: bool = False) -> jax.Array:
+    """Whether no entry of a tree is infinite or NaN; `kept` as in `scale_to_norm`."""
     leaves = [(jnp.asarray(x, float),) for x in jax.tree.leaves(tree)]
     found: jax.Array = jax.lax.platform_dependent(
-        leaves, cpu=_have_finite_squares, cuda=_have_finite_parts, default=_are_finite
+        leaves,
+        cpu=_have_finite_squares if kept else _are_finite,
+        cuda=_have_finite_parts,
+        default=_are_finite,
     )
     return found
 

@@ -99,8 +99,8 @@ class Ascent:
         self.reads_whole_gradient = all(self._read)
         # Along what the base keeps, and no gradient of its own.
         self._follows_base = any(kept_read) and not called
-        pairs = zip(leaves + kept, self._read + kept_read, strict=True)
-        self._finite = trees.all_finite([x for x, r in pairs if r and _is_floating(x)])
+        self._finite = trees.all_finite(_floating(leaves, self._read))
+        self._finite &= trees.all_finite(_floating(kept, kept_read), kept=True)
         self._inputs = leaves, clean, kept
         self._state, self._advances = state, advances
 
@@ -234,6 +234,11 @@ def _own(read: list[bool], epsilon: optax.Updates) -> list[jax.Array]:
     """Where epsilon shows a gradient of the ascent's own; its state does then."""
     made = jax.tree.leaves(epsilon, is_leaf=trees.is_absent)
     return [e for e, r in zip(made, read, strict=True) if not (r or trees.is_absent(e))]
+
+
+def _floating(leaves: list[Any], read: list[bool]) -> list[Any]:
+    """The leaves that are read and floating point."""
+    return [x for x, r in zip(leaves, read, strict=True) if r and _is_floating(x)]
 
 
 def _is_floating(x: Any) -> bool:

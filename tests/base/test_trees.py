@@ -30,7 +30,8 @@ def test_all_finite(bad, shape, dtype):
     good = {"a": np.ones(shape, dtype), "b": ABSENT, "c": np.ones(2, "f"), "d": None}
     spoilt = good | {"a": problems.replaced(good["a"], 1, bad)}
     everywhere = good | {"a": np.full(shape, bad, dtype)}
-    for check in (trees.all_finite, jax.jit(trees.all_finite)):
+    of_kept = functools.partial(trees.all_finite, kept=True)
+    for check in (trees.all_finite, jax.jit(trees.all_finite), jax.jit(of_kept)):
         assert check(good)
         assert not check(spoilt)
         assert not check(everywhere)
@@ -39,7 +40,8 @@ def test_all_finite(bad, shape, dtype):
 
 
 def test_what_is_finite_although_its_square_is_not():
-    assert trees.all_finite(jnp.full(4, 3e38))
+    for kept in (False, True):
+        assert trees.all_finite(jnp.full(4, 3e38), kept=kept)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
