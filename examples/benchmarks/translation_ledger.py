@@ -45,7 +45,8 @@ class Options:
     at_most: int | None = None
     """Number of runs to do; without it, as many as there is time for."""
     backwards: bool = False
-    """Begins with what is worth least: for a second program on the same directory."""
+    """Begins with the last row of the table: for a second program that adds to the same
+    directory."""
     time_steps: int = 0
     """Times so many steps of all methods, in turns, in place of training."""
     data_dir: Path | None = None
@@ -103,9 +104,9 @@ def main(args: Sequence[str] | None = None) -> None:
             "--time-steps must be at least 0",
             options.time_steps,
         )
-        ledger = TranslationLedger(options.out, options.recipe, TRANSLATION)
         if options.minutes or options.time_steps:
-            train(options, ledger, watch)
+            train(options, watch)
+        ledger = TranslationLedger(options.out, options.recipe, TRANSLATION)
     ledger.ratios = time_ratios(options.out)
     rows = ledger.summary()
     if options.markdown and rows:
@@ -114,7 +115,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print_summary(rows, "Translation, figures after the last epoch")
 
 
-def train(options: Options, ledger: TranslationLedger, watch: Watch) -> None:
+def train(options: Options, watch: Watch) -> None:
     """Does the runs that are missing, or times steps.
 
     Raises:
@@ -131,7 +132,9 @@ def train(options: Options, ledger: TranslationLedger, watch: Watch) -> None:
         path = times_path(options.out)
         time_steps(trainer, options.time_steps, recipe, path)
         return
-    runs = grow(ledger, trainer, watch, backwards=options.backwards)
+    groups = TRANSLATION[::-1] if options.backwards else TRANSLATION
+    ledger = TranslationLedger(options.out, recipe, groups)
+    runs = grow(ledger, trainer, watch)
     for run in itertools.islice(runs, options.at_most):
         result = ledger.results[run]
         bleu = ", ".join(

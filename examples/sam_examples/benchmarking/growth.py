@@ -61,23 +61,14 @@ class Watch:
         self._longest[kind] = max(self._longest.get(kind, 0.0), seconds / epochs)
 
 
-def grow(
-    ledger: Ledger, trainer: Trainer, watch: Watch, *, backwards: bool = False
-) -> Iterator[Run]:
-    """Adds the runs that are missing, until the time is over; yields each.
-
-    Args:
-      ledger: where they are added.
-      trainer: does them.
-      watch: says how much time there is.
-      backwards: begins with what is worth least, for a second program beside a first.
-    """
+def grow(ledger: Ledger, trainer: Trainer, watch: Watch) -> Iterator[Run]:
+    """Adds the runs that are missing, until the time is over; yields each."""
     failed = set[Any]()
     while True:
-        missing = [r for r in ledger.missing() if trainer.program(r) not in failed]
-        if not missing:
+        missing = (r for r in ledger.missing() if trainer.program(r) not in failed)
+        run = next(missing, None)
+        if run is None:
             return
-        run = missing[-1 if backwards else 0]
         if not trainer.is_compiled(run):
             if not watch.allows("compilation"):
                 return
