@@ -110,3 +110,13 @@ def test_files_of_all_runs_differ():
 def test_a_ledger_needs_text(tmp_path, capsys):
     arguments = ["--minutes", "1", "--out", str(tmp_path)]
     check_refusal(capsys, "--data-dir must name", script.main, arguments)
+
+
+def test_the_readme_has_the_table_of_the_runs_that_are_recorded():
+    path = next(script.RESULTS.iterdir())
+    recipe = Recipe(**json.loads(path.read_text())["recipe"])
+    book = TranslationLedger(script.RESULTS, recipe, plans.TRANSLATION)
+    book.ratios = script.time_ratios(script.RESULTS)
+    assert recipe == Recipe()
+    readme = script.RESULTS.parents[1] / "README.md"
+    assert ledger.as_markdown(book.summary()) in readme.read_text()
