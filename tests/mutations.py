@@ -121,7 +121,7 @@ MUTANTS = [
     *mutants(
         "_engine/ascend.py",
         FINITE,
-        ("[x for x, r in pairs if r and _is_floating(x)]", "leaves"),
+        ("_floating(leaves, self._read))", "leaves)"),
         ("a = jnp.where(self._condition, a, b)", "pass"),
         ("Ascended(zero_unless(finite, epsilon), new", "Ascended(epsilon, new"),
         (

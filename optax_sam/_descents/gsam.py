@@ -127,13 +127,8 @@ def gap_descent(alpha: ScalarOrSchedule) -> optax.GradientTransformationExtraArg
         del params, extra_args
         protocol.require_of_base(owner, grad=grad)
         weight = alpha_at(state.count)
-        of_clean, size_of_clean = trees.scaling_to_norm(grad, 1.0)
-        to_unit, size = trees.scaling_to_norm(updates, 1.0)
-        along = to_unit(updates)
-        # By the clean unit, which is there before: so it is found as the perturbed
-        # gradient is made, and not in one more read of both.
-        cosine = trees.ratio(trees.inner(updates, of_clean(grad)), size)
-        length = cosine * size_of_clean
+        along = trees.scale_to_norm(updates, 1.0)
+        length = trees.inner(grad, along)
 
         def descend(p: Any, g: Any, unit: jax.Array) -> jax.Array:
             across = jnp.asarray(g, unit.dtype) - length * unit

@@ -310,7 +310,9 @@ def _passes(
 
     if ascend.reads_clean_pass or group.descends_by_clean_pass:
         perturbed, new, finite = either(ascends, with_ascent, without)
-        known = group.known_to_base(perturbed, ascend.reads_whole_gradient)
+        # What is chosen of a condition's results is written out for the base.
+        as_it_is = ascends is not None and ascend.reads_whole_gradient
+        known = group.known_to_base(perturbed, as_it_is)
         return Passes.of(known, perturbed, new, finite, clean)
     # Then nobody need make the clean pass: the only one is reported in its place.
     epsilon, new, finite = ascend()
