@@ -38,6 +38,7 @@ def _grid(*rhos: float, **others: Any) -> tuple[Mapping[str, Any], ...]:
 
 _RATES = tuple({"learning_rate": rate} for rate in (1.0, 0.5, 0.25, 2.0))
 _RHOS = (0.05, 0.1, 0.025)
+_LONG_RHOS = _grid(1.0, 0.3, 3.0)
 _LAST_BLOCK = ("Conv_4", "Conv_5", "BatchNorm_4", "BatchNorm_5", "Dense_0")
 
 
@@ -97,19 +98,24 @@ _GPU = (
         Contestant("ASAM", "asam", _grid(0.5, 1.0, 0.25)),
     ),
     (
-        Contestant("SGD, four times as long", "sgd", _RATES[:2], epochs=40),
-        Contestant("SAM, four times as long", "sam", _grid(0.05, 0.1, 0.2), epochs=40),
-    ),
-    (
-        Contestant("Momentum-SAM", "momentum_sam", _grid(0.3, 0.1, 1.0)),
+        Contestant("Momentum-SAM", "momentum_sam", _LONG_RHOS),
         Contestant(
             "Momentum-SAM, twice as long",
             "momentum_sam",
-            _grid(0.3, 0.1, 1.0),
+            _LONG_RHOS,
             epochs=20,
         ),
-        Contestant("LookSAM-5", "look_sam", _grid(*_RHOS, every=5, alpha=0.3)),
+        Contestant("LookSAM-5", "look_sam", _grid(0.05, 0.1, 0.2, every=5, alpha=0.1)),
         Contestant("GSAM", "gsam", _grid(*_RHOS, alpha=0.1)),
+    ),
+    (
+        Contestant("SGD, four times as long", "sgd", _RATES[:2], epochs=40),
+        Contestant(
+            "SAM, four times as long", "sam", _grid(0.2, 0.1, 0.4, 0.05), epochs=40
+        ),
+        Contestant(
+            "Momentum-SAM, four times as long", "momentum_sam", _LONG_RHOS, epochs=40
+        ),
     ),
 )
 # For a network that a CPU trains in a minute: three trials of each, one more of SGD,
@@ -159,7 +165,7 @@ _LOOK_SAM = tuple(
 # By the machine or the question they are for; the groups of each in order of worth.
 PLANS: Mapping[str, Sequence[Group]] = {
     "look_sam": (Group(_LOOK_SAM, (0.4,)),),
-    "gpu": tuple(map(Group, _GPU)),
+    "gpu": (*map(Group, _GPU), Group(_GPU[0], (0.2, 0.6, 0.8))),
     "cpu": tuple(Group(group, (noise,)) for noise in (0.4, 0.0) for group in _CPU),
 }
 # Of Transformers that learn to translate.
