@@ -36,6 +36,7 @@ MANY_PARAMETERS = (
         *("vasso_of_one_pass_by_hand", "vasso_of_one_pass"),
         *("friendly_sam_by_hand", "friendly_sam", "gsam_by_hand", "gsam"),
         *("wsam_by_hand", "wsam", "every_5_by_hand", "every_5"),
+        *("look_sam_5_by_hand", "look_sam_5"),
     ),
 )
 SHARDED = (
@@ -80,7 +81,7 @@ def test_flops(method, bound):
     [
         *(("sam", 1.02), ("vasso", 1.04), ("dynamic_between", 1.02), ("m_sam", 1.02)),
         *(("momentum_sam", 1.0), ("vasso_of_one_pass", 1.03), ("friendly_sam", 1.05)),
-        *(("gsam", 1.04), ("wsam", 1.02), ("every_5", 0.87)),
+        *(("gsam", 1.04), ("wsam", 1.02), ("every_5", 0.87), ("look_sam_5", 1.03)),
     ],
 )
 def test_memory_traffic_over_that_of_the_method_by_hand(method, bound):
@@ -97,6 +98,12 @@ def test_memory_traffic_over_that_of_the_method_by_hand(method, bound):
 )
 def test_temporaries_beyond_those_by_hand_in_units_of_the_parameters(method, bound):
     assert rows(*MANY_PARAMETERS)[method]["temp - hand"] < bound
+
+
+def test_look_sam_has_no_higher_peak_of_memory_than_by_hand():
+    figures = rows(*MANY_PARAMETERS)
+    written = figures["look_sam_5_by_hand"]["peak_bytes"]
+    assert figures["look_sam_5"]["peak_bytes"] <= written
 
 
 @pytest.mark.parametrize(

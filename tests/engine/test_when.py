@@ -103,6 +103,13 @@ def test_what_is_no_condition_is_refused(make, error, message):
         make()
 
 
+def traced(when):
+    """Traces a step."""
+    tx = sam(when)
+    step = optax_sam.value_and_update(SMALL.loss_fn, tx)
+    jax.eval_shape(step, SMALL.params, tx.init(SMALL.params), SMALL.batch)
+
+
 @pytest.mark.parametrize(
     "when",
     [
@@ -116,12 +123,9 @@ def test_what_is_no_condition_is_refused(make, error, message):
     ],
 )
 def test_what_decides_nothing_is_refused_in_the_step(when):
-    tx = sam(when)
-    state = tx.init(SMALL.params)
-    step = optax_sam.value_and_update(SMALL.loss_fn, tx)
     message = r"sharpness_aware: ascend_when must return a bool scalar, got .*every\(2"
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(step, SMALL.params, state, SMALL.batch)
+        traced(when)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +137,9 @@ def test_what_decides_nothing_is_refused_in_the_step(when):
     ],
 )
 def test_what_has_to_know_the_count_is_refused_in_the_step(when):
-    tx = sam(when)
-    state = tx.init(SMALL.params)
-    step = optax_sam.value_and_update(SMALL.loss_fn, tx)
     message = r"sharpness_aware: ascend_when has to know the count.* &, \| and ~, or "
     with pytest.raises(TypeError, match=message):
-        jax.eval_shape(step, SMALL.params, state, SMALL.batch)
+        traced(when)
 
 
 def compiled(step):

@@ -38,7 +38,7 @@ def _grid(*rhos: float, **others: Any) -> tuple[Mapping[str, Any], ...]:
 
 _RATES = tuple({"learning_rate": rate} for rate in (1.0, 0.5, 0.25, 2.0))
 _RHOS = (0.05, 0.1, 0.025)
-_LONG_RHOS = _grid(1.0, 0.3, 3.0)
+_FAR = _grid(1.0, 0.3, 3.0)
 _LAST_BLOCK = ("Conv_4", "Conv_5", "BatchNorm_4", "BatchNorm_5", "Dense_0")
 
 
@@ -98,11 +98,11 @@ _GPU = (
         Contestant("ASAM", "asam", _grid(0.5, 1.0, 0.25)),
     ),
     (
-        Contestant("Momentum-SAM", "momentum_sam", _LONG_RHOS),
+        Contestant("Momentum-SAM", "momentum_sam", _FAR),
         Contestant(
             "Momentum-SAM, twice as long",
             "momentum_sam",
-            _LONG_RHOS,
+            _FAR,
             epochs=20,
         ),
         Contestant("LookSAM-5", "look_sam", _grid(0.05, 0.1, 0.2, every=5, alpha=0.1)),
@@ -113,9 +113,7 @@ _GPU = (
         Contestant(
             "SAM, four times as long", "sam", _grid(0.2, 0.1, 0.4, 0.05), epochs=40
         ),
-        Contestant(
-            "Momentum-SAM, four times as long", "momentum_sam", _LONG_RHOS, epochs=40
-        ),
+        Contestant("Momentum-SAM, four times as long", "momentum_sam", _FAR, epochs=40),
     ),
 )
 # For a network that a CPU trains in a minute: three trials of each, one more of SGD,
