@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from optax_sam import implicit
+
 
 class PatchConv(nn.Module):
     """Cuts `x` into patches and multiplies them with the kernel, without a bias.
@@ -81,6 +83,19 @@ def _tiles(
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), rows, columns, -1)
 
 
-def fastest_convolution(backend: str) -> Callable[..., nn.Module]:
-    """The convolution for a model trained in a compiled loop on `backend`."""
-    return PatchConv if backend == "cpu" else partial(nn.Conv, use_bias=False)
+def fastest_convolution(
+    backend: str, backward: implicit.Channels | None = None
+) -> Callable[..., nn.Module]:
+    """The convolution for a model trained in a compiled loop on `backend`.
+
+    Args:
+      backend: such as "cpu".
+      backward: the rule of its backward, the usual by default.
+    """
+    on_cpu = backend == "cpu"
+    conv = PatchConv if on_cpu else partial(nn.Conv, use_bias=False)
+    if backward is None:
+        return conv
+    if on_cpu:
+        return partial(conv, dot_general=backward.dot_general)
+    return partial(conv, conv_general_dilated=backward.conv_general_dilated)

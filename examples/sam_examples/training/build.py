@@ -13,7 +13,7 @@ import optax_sam
 from optax_sam import implicit
 from sam_examples.data import Dataset, Split
 from sam_examples.models import make
-from sam_examples.models.convolution import PatchConv, fastest_convolution
+from sam_examples.models.convolution import fastest_convolution
 from sam_examples.settings.command_line import NoisyDigits, require
 from sam_examples.settings.config import Config
 from sam_examples.settings.methods import make_ascent, sharpen
@@ -36,14 +36,8 @@ def make_network(
       dataset: says the number of classes and the size of the images.
       backward: the backward rule of the products of all layers, the usual by default.
     """
-    conv: Any = fastest_convolution(jax.default_backend())
     dense: Any = nn.Dense
     if backward is not None:
-        conv = (
-            partial(conv, dot_general=backward.dot_general)
-            if conv is PatchConv
-            else partial(conv, conv_general_dilated=backward.conv_general_dilated)
-        )
         dense = partial(dense, dot_general=backward.dot_general)
     model: nn.Module = make(
         config.model,
@@ -51,7 +45,7 @@ def make_network(
         image_size=dataset.train.image_shape[0],
         norm=config.norm,
         dtype=jnp.dtype(config.dtype),
-        conv=conv,
+        conv=fastest_convolution(jax.default_backend(), backward),
         dense=dense,
         dropout=config.dropout,
         width=config.width,

@@ -9,21 +9,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sam_examples.benchmarking.fast_cifar import Run
-from sam_examples.benchmarking.plans import (
-    MORE_SEEDS,
+from sam_examples.settings.command_line import require, write_json
+from sam_examples.study.contestants import (
     Contestant,
     Group,
+    Run,
     best_trial,
+    distinct,
     in_order,
 )
-from sam_examples.settings.command_line import require, write_json
 
 
 def file_name(run: Run) -> str:
@@ -38,11 +38,43 @@ def file_name(run: Run) -> str:
     return "-".join((label, *numbers, *rest)) + ".json"
 
 
+class Entry(NamedTuple):
+    """What is known of a contestant at a share of noise.
+
+    Attributes:
+      contestant: see there.
+      noise: share of wrong labels.
+      trial: the hyperparameters that did best on the held-out split.
+      tried: how many trials they are the best of.
+      results: what is recorded of the runs of this trial, by seed.
+    """
+
+    contestant: Contestant
+    noise: float
+    trial: Mapping[str, Any]
+    tried: int
+    results: Sequence[Mapping[str, Any]]
+
+    @property
+    def chosen(self) -> str:
+        """The hyperparameters of the trial that are numbers."""
+        return ", ".join(
+            f"{name} {value:g}"
+            for name, value in self.trial.items()
+            if isinstance(value, float) and (name != "sparsity")
+        )
+
+    def figures(self, name: str) -> Any:
+        """One figure of all seeds, an array."""
+        return np.asarray([result[name] for result in self.results])
+
+
 class Ledger:
-    """A directory of runs of one recipe.
+    """A directory of runs of one recipe, and the times of their steps beside it.
 
     Attributes:
       results: what is recorded of each run.
+      ratios: times of a step over those of the base by label, as far as they are known.
     """
 
     def __init__(self, directory: Path, recipe: Any, groups: Sequence[Group]) -> None:
@@ -62,6 +94,7 @@ class Ledger:
         self._groups = groups
         self._seen: set[Path] = set()
         self.results: dict[Run, Mapping[str, Any]] = {}
+        self.ratios = time_ratios(directory)
         self.read()
 
     def read(self) -> None:
@@ -118,56 +151,80 @@ class Ledger:
         self._seen.add(path)
         self.results[run] = result
 
-    def summary(self) -> list[dict[str, Any]]:
-        """A row for each share of noise and contestant that has runs.
+    def entries(self, question: str | None = None) -> list[Entry]:
+        """What is known of each contestant at each share of noise, by noise.
 
-        Figures are those of the trial that did best on the held-out split.
+        Args:
+          question: the one whose contestants are wanted; without it, all.
         """
-        rows = []
-        pairs = [pair for group in self._groups for pair in group.pairs]
-        for contestant, noise in sorted(pairs, key=lambda pair: pair[1]):
-            trial = best_trial(contestant, noise, self.scores)
-            if trial is not None:
-                rows.append(self._row(contestant, trial, noise))
-        return rows
-
-    def _row(
-        self, contestant: Contestant, trial: Mapping[str, Any], noise: float
-    ) -> dict[str, Any]:
-        runs = (contestant.run(trial, noise, seed) for seed in (0, *MORE_SEEDS))
-        results = [self.results[run] for run in runs if run in self.results]
-        tried = [
-            contestant.run(other, noise, 0) in self.results for other in contestant.grid
-        ]
-        noisy = any(any(group.noises) for group in self._groups)
-        return {
-            **({"noise": f"{noise:g}"} if noisy else {}),
-            "configuration": contestant.label,
-            "epochs": contestant.epochs,
-            "best of": sum(tried),
-            "chosen": ", ".join(
-                f"{name} {value:g}"
-                for name, value in trial.items()
-                if isinstance(value, float) and (name != "sparsity")
-            ),
-            "seeds": len(results),
-            **self.columns(contestant, results),
-        }
-
-    def columns(
-        self, contestant: Contestant, results: Sequence[Mapping[str, Any]]
-    ) -> dict[str, str]:
-        """The figures of a row, from the runs of all its seeds."""
-        del contestant
-        valid, test, seconds = (
-            [result[name] for result in results]
-            for name in ("valid", "test", "step_seconds")
+        pairs = distinct(
+            pair
+            for group in self._groups
+            if question in (None, group.question)
+            for pair in group.pairs
         )
+        scores = self.scores
+        entries = []
+        for contestant, noise in sorted(pairs, key=lambda pair: pair[1]):
+            trial = best_trial(contestant, noise, scores)
+            if trial is not None:
+                entries.append(self._entry(contestant, trial, noise))
+        return entries
+
+    def _entry(
+        self, contestant: Contestant, trial: Mapping[str, Any], noise: float
+    ) -> Entry:
+        tried = [contestant.run(other, noise, 0) for other in contestant.grid]
+        seeds = range(max(group.seeds for group in self._groups))
+        runs = [contestant.run(trial, noise, seed) for seed in seeds]
+        return Entry(
+            contestant,
+            noise,
+            trial,
+            sum(run in self.results for run in tried),
+            [self.results[run] for run in runs if run in self.results],
+        )
+
+    def summary(self, question: str | None = None) -> list[dict[str, str]]:
+        """A row for each entry, with the figures of its chosen trial."""
+        entries = self.entries(question)
+        # Columns that say the same in every row are left out.
+        noisy = any(entry.noise for entry in entries)
+        return [
+            {
+                **({"noise": f"{entry.noise:g}"} if noisy else {}),
+                "configuration": entry.contestant.label,
+                "epochs": str(entry.contestant.epochs),
+                "best of": str(entry.tried),
+                "chosen": entry.chosen,
+                "seeds": str(len(entry.results)),
+                **self.columns(entry),
+            }
+            for entry in entries
+        ]
+
+    def columns(self, entry: Entry) -> dict[str, str]:
+        """The figures of a row."""
+        seconds = entry.figures("step_seconds")
         return {
-            "held out": mean_and_spread(100 * np.asarray(valid)),
-            "test": mean_and_spread(100 * np.asarray(test)),
+            "held out": mean_and_spread(100 * entry.figures("valid")),
+            "test": mean_and_spread(100 * entry.figures("test")),
             "ms a step": f"{1000 * np.median(seconds):.2f}",
         }
+
+
+def times_path(directory: Path) -> Path:
+    """The file of the times of steps, of the runs of a directory."""
+    return directory.with_name(f"{directory.name}-steps.json")
+
+
+def time_ratios(directory: Path) -> Mapping[str, float]:
+    """Times of a step over those of the base by label, none if none were measured."""
+    path = times_path(directory)
+    if not path.is_file():
+        return {}
+    ratios: Mapping[str, float] = json.loads(path.read_text())["over_base"]
+    return ratios
 
 
 def print_summary(rows: Sequence[Mapping[str, Any]], title: str) -> None:

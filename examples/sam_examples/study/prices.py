@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 import optax_sam
-from sam_examples.benchmarking.configurations import (
+from sam_examples.study.configurations import (
     CONFIGURATIONS,
     SAM,
     SGD,

@@ -17,22 +17,42 @@ import numpy as np
 import optax
 
 import optax_sam
-from sam_examples.data import Dataset, Split, augment, flip_labels, normalize
+from optax_sam import diagnostics, implicit
+from sam_examples.data import (
+    Dataset,
+    Split,
+    augment,
+    flip_labels,
+    normalize,
+    normalized,
+)
 from sam_examples.models.airbench import Airbench, whitening_filters
 from sam_examples.models.convolution import fastest_convolution
+from sam_examples.settings.command_line import require
 from sam_examples.settings.methods import (
     METHODS,
     is_functional,
     make_ascent,
     sharpen,
 )
+from sam_examples.study.contestants import Run, Values
 from sam_examples.training.evaluation import make_evaluate
-from sam_examples.training.step import TrainState, make_init, make_loss
+from sam_examples.training.step import (
+    TrainState,
+    cross_entropies,
+    make_init,
+    make_loss,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What all runs have in common.
+
+    Of a run the hyperparameters may also be `learning_rate`, the largest one,
+    `weight_decay` in place of the recipe's, `base` (sgd or adamw), `perturb`, the names
+    of the layers of a static mask, and `implicit`, the share of the channels that the
+    backward pass of the ascent leaves out.
 
     Attributes:
       widths: channels of the three blocks of the network.
@@ -47,6 +67,9 @@ class Recipe:
       flip: whether images are flipped at random.
       num_images: training images, the first ones; without it, all.
       stride: pixels from one patch that the network whitens to the next.
+      shrink: pixels a side whose mean is one pixel of an image as it is trained on.
+      measured: training images that curvature and noise of the final parameters are
+        measured on, the first ones; 0 for no measurement.
     """
 
     widths: tuple[int, int, int] = (64, 256, 256)
@@ -60,28 +83,8 @@ class Recipe:
     flip: bool = True
     num_images: int | None = None
     stride: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What is trained: one entry of the ledger.
-
-    Attributes:
-      label: what the configuration is called.
-      method: out of `METHODS`, or several joined by +.
-      hyperparameters: pairs of name and value, in place of the method's defaults, and
-        `learning_rate`, the largest one; `perturb` names the layers of a static mask.
-      noise: share of the training labels that are replaced by another class.
-      epochs: passes over the training images.
-      seed: draws label noise, parameters, batches and what the method draws.
-    """
-
-    label: str
-    method: str
-    hyperparameters: tuple[tuple[str, Any], ...]
-    noise: float
-    epochs: int
-    seed: int
+    shrink: int = 1
+    measured: int = 0
 
 
 class Outcome(NamedTuple):
@@ -91,20 +94,26 @@ class Outcome(NamedTuple):
       valid: accuracy on the held-out split after the last epoch.
       test: accuracy on the test split.
       train_loss: mean loss of the last epoch's clean passes.
+      fitted: accuracy on the training labels as they are given, wrong ones included,
+        in evaluation mode.
       step_seconds: time of a step, the median over epochs: wall time, but on the CPU
         that of the processor, all threads together, which others do not lengthen.
       seconds: wall time of the training and its evaluation.
+      measures: curvature and noise of the final parameters, see `Measure`; none unless
+        the recipe asks for them.
     """
 
     valid: float
     test: float
     train_loss: float
+    fitted: float
     step_seconds: float
     seconds: float
+    measures: Mapping[str, float]
 
 
-Values = Mapping[str, Any]
-TRACED = ("learning_rate", "rho", "theta", "strength", "alpha")
+TRACED = ("learning_rate", "weight_decay", "rho", "theta", "strength", "alpha")
+_BASES = ("sgd", "adamw")
 
 
 class Trainer:
@@ -117,26 +126,28 @@ class Trainer:
           dataset: in memory, labels without noise.
           recipe: what all runs have in common.
         """
-        train = dataset.train.take(slice(recipe.num_images))
+        train, valid, test = (
+            shrunk(split, recipe.shrink)
+            for split in (
+                dataset.train.take(slice(recipe.num_images)),
+                dataset.valid,
+                dataset.test,
+            )
+        )
         self._labels = np.asarray(train.labels)
         self._dataset = dataset._replace(
             train=jax.device_put(train),
-            valid=jax.device_put(dataset.valid),
-            test=jax.device_put(dataset.test),
+            valid=jax.device_put(valid),
+            test=jax.device_put(test),
         )
         self._recipe = recipe
         self._epoch_steps = len(self._labels) // recipe.batch_size
-        self._model = Airbench(
-            dataset.num_classes,
-            recipe.widths,
-            conv=fastest_convolution(jax.default_backend()),
-            dtype=jnp.dtype(recipe.dtype),
-            stride=recipe.stride,
-        )
+        self._model = make_model(recipe, dataset.num_classes)
         first = normalize(train.images[:5000], dataset.mean, dataset.std)
         self._whitening = jnp.asarray(whitening_filters(first))
         self._init = make_init(self._model, dataset)
         self._evaluate = make_evaluate(self._model, dataset)
+        self._measure = Measure(self._model, dataset, recipe)
         self._programs: dict[Any, Any] = {}
 
     def program(self, run: Run) -> Any:
@@ -171,24 +182,46 @@ class Trainer:
         split = self._dataset.train._replace(labels=jnp.asarray(labels))
         state, key = self._first_state(run, values), jax.random.key(run.seed)
         program, seconds = self._programs[self.program(run)], []
-        on_cpu = jax.default_backend() == "cpu"
-        clock = time.process_time if on_cpu else time.perf_counter
+        clock = _clock()
         for epoch in range(run.epochs):
             epoch_start = clock()
             state, loss = program(state, split, traced, jax.random.fold_in(key, epoch))
             loss.block_until_ready()
             seconds.append(clock() - epoch_start)
-        valid, test = (
+        valid, test, fitted = (
             float(self._evaluate(state, split).accuracy)
-            for split in (self._dataset.valid, self._dataset.test)
+            for split in (self._dataset.valid, self._dataset.test, split)
         )
         return Outcome(
             valid=valid,
             test=test,
             train_loss=float(loss),
+            fitted=fitted,
             step_seconds=float(np.median(seconds)) / self._epoch_steps,
             seconds=time.perf_counter() - start,
+            measures=self._measure(state, split) if self._recipe.measured else {},
         )
+
+    def turn(self, run: Run) -> Callable[[], float]:
+        """A function that trains for an epoch, and returns the seconds of a step.
+
+        On the CPU they are those of the processor, which others do not lengthen.
+        """
+        if not self.is_compiled(run):
+            self.compile(run)
+        values, split = self._values(run), self._dataset.train
+        state, key = self._first_state(run, values), jax.random.key(run.seed)
+        traced = _traced(values, run, self._epoch_steps)
+        program, clock = self._programs[self.program(run)], _clock()
+
+        def epoch() -> float:
+            nonlocal state
+            start = clock()
+            state, loss = program(state, split, traced, key)
+            loss.block_until_ready()
+            return (clock() - start) / self._epoch_steps
+
+        return epoch
 
     def _values(self, run: Run) -> dict[str, Any]:
         """The hyperparameters of a run, those that it leaves out included."""
@@ -200,7 +233,8 @@ class Trainer:
         # A new mask each epoch.
         if "refresh_every" in defaults:
             defaults["refresh_every"] = self._epoch_steps
-        return {**defaults, **dict(run.hyperparameters)}
+        common = {"base": _BASES[0], "weight_decay": self._recipe.weight_decay}
+        return {**common, **defaults, **dict(run.hyperparameters)}
 
     def _first_state(self, run: Run, values: Values) -> TrainState:
         tx = self._make_tx(run.method, values, run.epochs * self._epoch_steps, run.seed)
@@ -211,15 +245,8 @@ class Trainer:
     def _make_tx(
         self, method: str, values: Values, num_steps: Any, seed: int
     ) -> optax.GradientTransformation:
-        recipe, values = self._recipe, dict(values)
-        base = optax.chain(
-            optax.add_decayed_weights(recipe.weight_decay),
-            optax.sgd(
-                triangle(values.pop("learning_rate"), recipe.warmup, num_steps),
-                momentum=recipe.momentum,
-                nesterov=True,
-            ),
-        )
+        values = dict(values)
+        base = make_base(self._recipe, values, num_steps)
         perturb = values.pop("perturb", ())
         ascent = make_ascent(method, values, num_steps, key=seed, perturb=perturb)
         # A loop is slow on the CPU, and elsewhere spares convolutions in groups.
@@ -229,9 +256,15 @@ class Trainer:
     def _make_epoch(self, method: str, values: Values) -> Callable[..., Any]:
         """Makes `epoch(state, split, traced, key) -> state, loss`, to be compiled."""
         fixed = {k: v for k, v in values.items() if k not in TRACED}
+        recipe = self._recipe
         loss_fn, scoring_loss_fn = _make_loss_fns(
-            self._model, self._recipe, is_functional(method)
+            self._model, recipe, is_functional(method)
         )
+        ascent_loss_fn = None
+        if "implicit" in values:
+            backward = implicit.Channels(values["implicit"])
+            sparse = make_model(recipe, self._dataset.num_classes, backward)
+            ascent_loss_fn, _ = _make_loss_fns(sparse, recipe, functional=False)
 
         def epoch(
             state: TrainState, split: Split, traced: Values, key: jax.Array
@@ -241,7 +274,11 @@ class Trainer:
             # What a method draws with is in its state.
             tx = self._make_tx(method, {**fixed, **numbers}, num_steps, seed=0)
             take = optax_sam.value_and_update(
-                loss_fn, tx, has_aux=True, scoring_loss_fn=scoring_loss_fn
+                loss_fn,
+                tx,
+                has_aux=True,
+                ascent_loss_fn=ascent_loss_fn,
+                scoring_loss_fn=scoring_loss_fn,
             )
 
             def step(
@@ -275,6 +312,89 @@ class Trainer:
             key, images, pad=recipe.pad, flip=recipe.flip, cutout_probability=0.0
         )
         return Split(images, split.labels[index])
+
+
+class Measure:
+    """Measures curvature and noise of a trained network, on some training images.
+
+    Of the cross-entropy with the labels as they are given, in evaluation mode:
+
+    * `top_eigenvalue`, the largest of the Hessian, by ten iterations of Lanczos;
+    * `hessian_trace`, by eight probes;
+    * `covariance_trace`, that of the gradients of single images.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Dataset, recipe: Recipe) -> None:
+        """Compiles nothing yet."""
+        self._count = recipe.measured
+
+        def measure(params: Any, stats: Any, split: Split) -> dict[str, jax.Array]:
+            def loss_fn(params: Any, batch: Split) -> jax.Array:
+                variables = {"params": params, "batch_stats": stats}
+                logits = model.apply(variables, batch.images, train=False)
+                losses: jax.Array = cross_entropies(logits, batch)
+                return losses
+
+            problem = (loss_fn, params, Split(*normalized(split, dataset)))
+            top = diagnostics.top_eigenvalues(*problem, iterations=10, key=0)
+            trace = diagnostics.hessian_trace(*problem, num_probes=8, key=1)
+            noise = diagnostics.gradient_covariance_trace(*problem, chunk_size=64)
+            return {
+                "top_eigenvalue": top.values[0],
+                "hessian_trace": trace.mean,
+                "covariance_trace": noise,
+            }
+
+        self._compiled: Any = jax.jit(measure)
+
+    def __call__(self, state: TrainState, split: Split) -> dict[str, float]:
+        """The figures of a network in training on this split."""
+        some = split.take(slice(self._count))
+        figures = self._compiled(state.params, state.batch_stats, some)
+        return {name: float(figure) for name, figure in figures.items()}
+
+
+def make_model(
+    recipe: Recipe, num_classes: int, backward: implicit.Channels | None = None
+) -> Airbench:
+    """The network of a recipe, with the usual backward by default."""
+    return Airbench(
+        num_classes,
+        recipe.widths,
+        conv=fastest_convolution(jax.default_backend(), backward),
+        dtype=jnp.dtype(recipe.dtype),
+        stride=recipe.stride,
+    )
+
+
+def make_base(
+    recipe: Recipe, values: dict[str, Any], num_steps: Any
+) -> optax.GradientTransformation:
+    """The base optimizer, whose values are taken out of those of the run."""
+    rate = triangle(values.pop("learning_rate"), recipe.warmup, num_steps)
+    decay, base = values.pop("weight_decay"), values.pop("base")
+    require(base in _BASES, f"base must be one of {', '.join(_BASES)}", base)
+    if base == "adamw":
+        return optax.adamw(rate, weight_decay=decay)
+    sgd = optax.sgd(rate, momentum=recipe.momentum, nesterov=True)
+    return optax.chain(optax.add_decayed_weights(decay), sgd)
+
+
+def shrunk(split: Split, factor: int) -> Split:
+    """Images with a mean over `factor` by `factor` pixels in place of each pixel."""
+    if factor == 1:
+        return split
+    images = np.asarray(split.images, np.float32)
+    count, height, width, channels = images.shape
+    tiles = images.reshape(
+        count, height // factor, factor, width // factor, factor, channels
+    )
+    return split._replace(images=np.rint(tiles.mean((2, 4))).astype(np.uint8))
+
+
+def _clock() -> Callable[[], float]:
+    on_cpu = jax.default_backend() == "cpu"
+    return time.process_time if on_cpu else time.perf_counter
 
 
 def _traced(values: Values, run: Run, epoch_steps: int) -> dict[str, jax.Array]:

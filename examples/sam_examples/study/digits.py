@@ -12,11 +12,11 @@ import optax
 
 import optax_sam
 from sam_examples.analysis.layers import make_score
-from sam_examples.benchmarking.configurations import Configuration
 from sam_examples.data import Dataset, load_digits
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
 from sam_examples.settings.command_line import require
+from sam_examples.study.configurations import Configuration
 from sam_examples.training.epochs import Epoch, draw_epoch, prepare_digits
 from sam_examples.training.evaluation import Evaluate, make_evaluate
 from sam_examples.training.step import (

@@ -11,14 +11,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from sam_examples.benchmarking.configurations import SAM, SGD, Configuration
 from sam_examples.benchmarking.measure import (
     in_turns,
     mean_time_ratio,
     stepping,
     time_ratio,
 )
-from sam_examples.benchmarking.study import Digits, Runs, best_rho
 from sam_examples.reporting.figures import plot_accuracy_over_time
 from sam_examples.reporting.tables import print_trade_off
 from sam_examples.settings.command_line import (
@@ -29,6 +27,8 @@ from sam_examples.settings.command_line import (
     require_at_least_one,
     write_results,
 )
+from sam_examples.study.configurations import SAM, SGD, Configuration
+from sam_examples.study.digits import Digits, Runs, best_rho
 
 TUNING_SEED = 1000
 SETTINGS = ("epochs", "noise", "batch_size", "learning_rate", "weight_decay", "width")

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import jax
 
-from sam_examples.benchmarking.fast_cifar import Run
-from sam_examples.benchmarking.ledger import Ledger
 from sam_examples.benchmarking.together import together
 from sam_examples.settings.command_line import versions
+from sam_examples.study.contestants import Run
+from sam_examples.study.ledger import Ledger
 
 AT_ONCE = 8  # Programs compiled side by side.
 

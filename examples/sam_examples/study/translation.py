@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sam_examples.benchmarking.fast_cifar import Run as Entry
-from sam_examples.benchmarking.ledger import Ledger, mean_and_spread
-from sam_examples.benchmarking.plans import Contestant
 from sam_examples.data.parallel_text import Pairs, ParallelText
 from sam_examples.data.subwords import learn_subwords
 from sam_examples.data.token_batches import EncodedPairs
@@ -20,6 +17,9 @@ from sam_examples.models.encoder_decoder import make_translator
 from sam_examples.reporting.metrics import MetricsWriter
 from sam_examples.settings.methods import hyperparameters
 from sam_examples.settings.translation import TranslationConfig, model_options
+from sam_examples.study.contestants import Run as Entry
+from sam_examples.study.ledger import Entry as Summary
+from sam_examples.study.ledger import Ledger, mean_and_spread
 from sam_examples.training.build import Optimizer
 from sam_examples.training.interrupts import Interrupt
 from sam_examples.training.loop import train
@@ -196,27 +196,19 @@ class Trainer:
 
 
 class TranslationLedger(Ledger):
-    """A ledger of runs that are judged by held-out loss and BLEU.
-
-    Attributes:
-      ratios: times of a step over AdamW's by method, as far as they are known.
-    """
-
-    ratios: Mapping[str, float] = {}
+    """A ledger of runs that are judged by held-out loss and BLEU."""
 
     def score(self, result: Mapping[str, Any]) -> float:
         """The held-out loss, of which less is better."""
         return -float(result["valid_loss"])
 
-    def columns(
-        self, contestant: Contestant, results: Sequence[Mapping[str, Any]]
-    ) -> dict[str, str]:
+    def columns(self, entry: Summary) -> dict[str, str]:
         """Held-out loss, BLEU on all sets, and times over AdamW's."""
-        losses = [result["valid_loss"] for result in results]
+        results = entry.results
         names = {s: s for s in results[0]["quality"]} | {"valid": "held out"}
-        ratio = self.ratios.get(contestant.method)
+        ratio = self.ratios.get(entry.contestant.label)
         return {
-            "held-out loss": mean_and_spread(losses, 3),
+            "held-out loss": mean_and_spread(entry.figures("valid_loss"), 3),
             **{
                 f"BLEU, {name}": mean_and_spread(
                     [result["quality"][key]["bleu"] for result in results]
