@@ -20,17 +20,18 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 from sam_examples.settings.command_line import one_line_errors, require, write_json
 
 HERE = Path(__file__).parent
+STUDY = HERE.parent / "study" / "cifar10.py"
 DTYPES = {"bfloat16": 0.4, "float32": 0.25}  # And what is left after them.
 # Two programs that compute the same agree to the last bit only if XLA gives both the
 # same kernels, and not those that it finds fastest in each.
 FIXED_KERNELS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 BITS = '--only "is the base" "is SAM"'
-LAST_SECONDS = 10.0  # Of the ledger, in which nothing new is begun.
+LAST_SECONDS = 10.0  # Of the study, in which nothing new is begun.
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Checks the numerics, times every method and adds runs to the ledger.
+    """Checks the numerics, times every method and adds runs to the study.
 
     Each part is a program of its own, which is stopped when the minutes are over. What
     it finds is written as it ends, a part to a file: numerics.json,
@@ -41,17 +42,17 @@ class Options:
     out: Path
     """Directory of all but the runs."""
     data_dir: Path | None = None
-    """Where CIFAR-10 is, for the ledger; without it there are no runs."""
+    """Where CIFAR-10 is, for the study; without it there are no runs."""
     minutes: float = 8.0
     """What all parts take at most, together."""
     runs: Path | None = None
-    """Directory of the ledger; by default that of ledger.py."""
+    """Directory of the runs; by default that of the study."""
     numerics: str = ""
     """Further arguments of numerics.py, such as "--only golden"."""
     throughput: str = "--rounds 10"
     """Further arguments of throughput.py."""
-    ledger: str = ""
-    """Further arguments of ledger.py."""
+    study: str = ""
+    """Further arguments of study/cifar10.py full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +64,18 @@ class Part:
       arguments: the script and its arguments.
       reserve: share of all minutes that later parts are sure to have.
       xla_flags: added to those of the environment.
+      is_told: whether it is told when to end, by --minutes.
     """
 
     name: str
     arguments: Sequence[str]
     reserve: float
     xla_flags: str = ""
+    is_told: bool = False
 
 
 def make_parts(options: Options) -> Iterator[Part]:
-    """The parts in order; the ledger takes what time is left."""
+    """The parts in order; the study takes what time is left."""
 
     def script(name: str, further: str, *arguments: object) -> Sequence[str]:
         return (name, *map(str, arguments), *shlex.split(further))
@@ -92,9 +95,9 @@ def make_parts(options: Options) -> Iterator[Part]:
     if options.data_dir is not None:
         out = () if options.runs is None else ("--out", options.runs)
         arguments = script(
-            "ledger.py", options.ledger, "--data-dir", options.data_dir, *out
+            str(STUDY), options.study, "full", "--data-dir", options.data_dir, *out
         )
-        yield Part("ledger", arguments, reserve=0.0)
+        yield Part("study", arguments, reserve=0.0, is_told=True)
 
 
 def run(options: Options) -> list[dict[str, Any]]:
@@ -114,7 +117,7 @@ def run_part(part: Part, seconds: float) -> tuple[str, float]:
     """Runs a program for at most so long; returns what became of it, and its time."""
     script, *arguments = part.arguments
     command = [sys.executable, str(HERE / script), *arguments]
-    if script == "ledger.py":
+    if part.is_told:
         # It ends by itself, with a table, before it is stopped.
         command += ["--minutes", str(max(0.0, seconds - LAST_SECONDS) / 60)]
     flags = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()

@@ -13,7 +13,7 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 
 from sam_examples.data import load_cifar10
 from sam_examples.settings.command_line import one_line_errors, require
-from sam_examples.study.cifar10 import Recipe, Trainer
+from sam_examples.study.cifar10 import Recipe
 from sam_examples.study.cifar10_runs import QUESTIONS, SETTINGS
 from sam_examples.study.contestants import Group
 from sam_examples.study.growth import Watch, grow
@@ -96,7 +96,7 @@ def work(options: Options, out: Path, watch: Watch) -> None:
         num_valid=options.num_valid,
         images_per_file=options.images_per_file,
     )
-    trainer = Trainer(dataset, recipe)
+    trainer = SETTINGS[options.setting].trainer(dataset, recipe)
     if options.time_rounds:
         time_steps(trainer, groups, options.time_rounds, recipe, times_path(out))
         return

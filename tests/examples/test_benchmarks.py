@@ -153,14 +153,14 @@ def test_steps_are_refused_in_one_line(main, option, message, capsys):
 @pytest.mark.parametrize(
     ("script", "option"),
     [
-        ("step_cost.py", "--json"),
-        ("sparse_cost.py", "--json"),
-        ("top_k.py", "--json"),
-        ("finite_difference.py", "--json"),
-        ("sparse_accuracy.py", "--configurations"),
-        ("reweight_accuracy.py", "--configurations"),
-        ("time_accuracy.py", "--configurations"),
+        ("benchmarks/step_cost.py", "--json"),
+        ("benchmarks/sparse_cost.py", "--json"),
+        ("benchmarks/top_k.py", "--json"),
+        ("benchmarks/finite_difference.py", "--json"),
+        ("study/digits.py", "sparse"),
+        ("study/cifar10.py", "small"),
+        ("study/translation.py", "--minutes"),
     ],
 )
-def test_a_benchmark_runs_as_a_script(script, option):
-    assert option in run_script(f"benchmarks/{script}", "--help")
+def test_a_program_runs_as_a_script(script, option):
+    assert option in run_script(script, "--help")

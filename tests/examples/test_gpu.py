@@ -70,7 +70,7 @@ def test_everything_in_miniature(tmp_path, monkeypatch):
             *("--minutes", "10", "--numerics=--only 'a zero gradient'"),
             f"--throughput={TINY}",
             *("--data-dir", str(data_dir), "--runs", str(tmp_path / "runs")),
-            f"--ledger={recipe} --images-per-file 6 --num-valid 4 --at-most 1",
+            f"--study={recipe} --images-per-file 6 --num-valid 4 --at-most 1",
         )
     )
     assert outcomes(tmp_path) == {
@@ -78,7 +78,7 @@ def test_everything_in_miniature(tmp_path, monkeypatch):
         "numerics, fixed kernels": "done",
         "throughput, bfloat16": "done",
         "throughput, float32": "done",
-        "ledger": "done",
+        "study": "done",
     }
     for dtype in gpu.DTYPES:
         text = (tmp_path / "out" / f"throughput-{dtype}.json").read_text()
@@ -93,6 +93,7 @@ def scripts(monkeypatch, tmp_path, **contents):
     for name, content in contents.items():
         (tmp_path / f"{name}.py").write_text(content)
     monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "STUDY", tmp_path / "study.py")
 
 
 def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path, monkeypatch):
@@ -101,7 +102,7 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path, monkeypat
         tmp_path,
         numerics="raise SystemExit(1)",
         throughput="import time; time.sleep(60)",
-        ledger="import sys; sys.exit(sys.argv[1:3] != ['--data-dir', 'images'])",
+        study="import sys; sys.exit(sys.argv[2:4] != ['--data-dir', 'images'])",
     )
     start = time.monotonic()
     with pytest.raises(SystemExit, match="1"):
@@ -112,7 +113,7 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path, monkeypat
         "numerics, fixed kernels": "status 1",
         "throughput, bfloat16": "out of time",
         "throughput, float32": "out of time",
-        "ledger": "done",
+        "study": "done",
     }
 
 
@@ -130,13 +131,13 @@ def test_what_is_done_is_written_before_the_next_part_begins(tmp_path, monkeypat
     assert seen == [{}, {"a": "done"}]
 
 
-def test_the_ledger_is_told_to_end_before_it_is_stopped(tmp_path, monkeypatch):
+def test_the_study_is_told_to_end_before_it_is_stopped(tmp_path, monkeypatch):
     print_arguments = (
         "import pathlib, sys; pathlib.Path('seen').write_text(sys.argv[2])"
     )
-    scripts(monkeypatch, tmp_path, ledger=print_arguments)
+    scripts(monkeypatch, tmp_path, study=print_arguments)
     monkeypatch.chdir(tmp_path)
-    part = gpu.Part("ledger", ("ledger.py",), 0.0)
+    part = gpu.Part("study", ("study.py",), 0.0, is_told=True)
     assert gpu.run_part(part, 70.0)[0] == "done"
     assert float((tmp_path / "seen").read_text()) == pytest.approx(1.0)
 

@@ -8,16 +8,17 @@ import numpy as np
 import optax
 import pytest
 import static_masks
-from benchmarks import sparse_accuracy, time_accuracy
 from example_support import check_refusal, make_dataset, results
 from sam_examples.analysis.layers import layers_of
-from sam_examples.benchmarking import measure, study
-from sam_examples.benchmarking.configurations import CONFIGURATIONS, SAM, SGD
-from sam_examples.benchmarking.prices import ONE, SOME
+from sam_examples.benchmarking import measure
 from sam_examples.models.convolution import PatchConv
 from sam_examples.models.resnet import ResNet
+from sam_examples.study.configurations import CONFIGURATIONS, SAM, SGD
+from sam_examples.study.digits import Digits, best_rho
+from sam_examples.study.prices import ONE, SOME
 from sam_examples.training.epochs import draw_epoch
 from sam_examples.training.step import make_loss_fn
+from study import digits
 
 import optax_sam
 
@@ -90,7 +91,7 @@ def test_the_study_writes_a_table_and_plots_and_repeats_nothing(
     timing = ["--timing-widths", "2", "--timing-rounds", "1"]
     out = ["--out", str(tmp_path / "run")]
     options = [*sizes, *out, "--configurations", SGD, LAST]
-    sparse_accuracy.main([*options, *timing])
+    digits.main(["sparse", *options, *timing])
 
     first = results(tmp_path / "run")
     assert list(first["rows"]) == [SGD, LAST]
@@ -110,13 +111,13 @@ def test_the_study_writes_a_table_and_plots_and_repeats_nothing(
     assert f"{mean:.1f} ± " in output
     assert f"{LAST}, rho {row['rho']:g}" in progress
 
-    monkeypatch.setattr(study.Digits, "make_train", None)
-    sparse_accuracy.main([*options, "--skip-timing"])
+    monkeypatch.setattr(Digits, "make_train", None)
+    digits.main(["sparse", *options, "--skip-timing"])
     again = results(tmp_path / "run")
     assert again["rows"] == first["rows"]
     assert again["times"] == {}
     with pytest.raises(SystemExit, match="2"):
-        sparse_accuracy.main([*options, "--skip-timing", "--noise", "0.1"])
+        digits.main(["sparse", *options, "--skip-timing", "--noise", "0.1"])
     assert "or another --out" in capsys.readouterr().err
 
 
@@ -126,7 +127,7 @@ def test_the_study_of_prices_times_steps_that_ascend_now_and_then(tmp_path):
     sizes = ["--epochs", "1", "--width", "2", "--seeds", "1", "--tuning-seeds", "1"]
     timing = ["--timing-widths", "2", "--timing-rounds", "2"]
     out = ["--out", str(tmp_path / "run")]
-    time_accuracy.main([*sizes, *out, *timing, "--configurations", *names])
+    digits.main(["price", *sizes, *out, *timing, "--configurations", *names])
     found = results(tmp_path / "run")
     kinds = {name: row["kind"] for name, row in found["rows"].items()}
     assert kinds == dict(zip(names, ["dense", ONE, SOME, SOME], strict=True))
@@ -149,12 +150,12 @@ def test_a_mean_of_ratios_is_not_moved_by_outliers():
     ],
 )
 def test_the_study_refuses_bad_options_in_one_line(capsys, options, message):
-    check_refusal(capsys, message, sparse_accuracy.main, options)
+    check_refusal(capsys, message, digits.main, ["sparse", *options])
 
 
 @pytest.mark.parametrize("peak", [0.09, 0.5, 0.7, 1.4, 5.0, 11.0])
 def test_the_best_rho_lies_between_worse_neighbours(peak):
-    best, scores = study.best_rho(lambda rho: 1 - 0.1 * abs(math.log2(rho / peak)))
+    best, scores = best_rho(lambda rho: 1 - 0.1 * abs(math.log2(rho / peak)))
     assert abs(math.log2(best / peak)) <= 0.25
     rhos = list(scores)
     assert rhos == sorted(rhos)
@@ -163,14 +164,14 @@ def test_the_best_rho_lies_between_worse_neighbours(peak):
 
 
 def test_no_larger_rho_is_tried_after_a_collapse():
-    best, scores = study.best_rho(lambda rho: rho if rho < 3 else 0.1)
+    best, scores = best_rho(lambda rho: rho if rho < 3 else 0.1)
     assert best == 2.828
     assert list(scores) == [0.25, 0.5, 1.0, 1.414, 2.0, 2.828, 4.0]
 
 
 def test_the_search_ends_at_its_limits():
-    assert study.best_rho(lambda rho: rho, high=6)[0] == 4.0
-    assert study.best_rho(lambda rho: 1 / rho, low=-6)[0] == 0.062
+    assert best_rho(lambda rho: rho, high=6)[0] == 4.0
+    assert best_rho(lambda rho: 1 / rho, low=-6)[0] == 0.062
 
 
 @pytest.mark.full

@@ -93,7 +93,9 @@ def fastest_convolution(
       backward: the rule of its backward, the usual by default.
     """
     on_cpu = backend == "cpu"
-    conv = PatchConv if on_cpu else partial(nn.Conv, use_bias=False)
+    conv: Callable[..., nn.Module] = (
+        PatchConv if on_cpu else partial(nn.Conv, use_bias=False)
+    )
     if backward is None:
         return conv
     if on_cpu:

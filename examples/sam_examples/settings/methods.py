@@ -73,7 +73,7 @@ METHODS: Hyperparameters = {
     # Of these two nothing was tuned; the rho is SAM's.
     "functional_sam": {"rho": 0.5},
     "preconditioned_sam": {"rho": 0.5, "b2": 0.999, "eps": 1e-8},
-    # The rho is that of benchmarks/sparse_accuracy.py; a new mask each epoch.
+    # The rho is that of study/digits.py sparse; a new mask each epoch.
     "sparse_sam": {
         "rho": 0.7,
         "sparsity": 0.5,
@@ -90,7 +90,7 @@ METHODS: Hyperparameters = {
         "drop_by": "gradient",
         "grow_by": "random",
     },
-    # The rho and the strength are those of benchmarks/reweight_accuracy.py.
+    # The rho and the strength are those of study/digits.py reweight.
     "rw_sam": {
         "rho": 0.5,
         "strength": 0.1,

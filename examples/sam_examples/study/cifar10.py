@@ -99,8 +99,8 @@ class Outcome(NamedTuple):
       step_seconds: time of a step, the median over epochs: wall time, but on the CPU
         that of the processor, all threads together, which others do not lengthen.
       seconds: wall time of the training and its evaluation.
-      measures: curvature and noise of the final parameters, see `Measure`; none unless
-        the recipe asks for them.
+      measures: curvature and noise of the final parameters, see `Measure`, none unless
+        the recipe asks for them; and means over the last epoch, see `Trainer.observe`.
     """
 
     valid: float
@@ -117,7 +117,11 @@ _BASES = ("sgd", "adamw")
 
 
 class Trainer:
-    """Trains runs of one recipe on one data set, each program compiled once."""
+    """Trains runs of one recipe on one data set, each program compiled once.
+
+    Attributes:
+      recipe: what all runs have in common.
+    """
 
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
         """Puts the data on the device.
@@ -140,7 +144,7 @@ class Trainer:
             valid=jax.device_put(valid),
             test=jax.device_put(test),
         )
-        self._recipe = recipe
+        self.recipe = recipe
         self._epoch_steps = len(self._labels) // recipe.batch_size
         self._model = make_model(recipe, dataset.num_classes)
         first = normalize(train.images[:5000], dataset.mean, dataset.std)
@@ -185,22 +189,42 @@ class Trainer:
         clock = _clock()
         for epoch in range(run.epochs):
             epoch_start = clock()
-            state, loss = program(state, split, traced, jax.random.fold_in(key, epoch))
-            loss.block_until_ready()
+            state, means = program(state, split, traced, jax.random.fold_in(key, epoch))
+            means["loss"].block_until_ready()
             seconds.append(clock() - epoch_start)
         valid, test, fitted = (
             float(self._evaluate(state, split).accuracy)
             for split in (self._dataset.valid, self._dataset.test, split)
         )
+        loss = float(means.pop("loss"))
+        seen = {name: float(mean) for name, mean in means.items()}
         return Outcome(
             valid=valid,
             test=test,
-            train_loss=float(loss),
+            train_loss=loss,
             fitted=fitted,
             step_seconds=float(np.median(seconds)) / self._epoch_steps,
             seconds=time.perf_counter() - start,
-            measures=self._measure(state, split) if self._recipe.measured else {},
+            measures={**seen, **self.measure(run, state, split)},
         )
+
+    def observe(self, before: TrainState, after: TrainState) -> dict[str, jax.Array]:
+        """What is averaged over the steps of an epoch, beside the loss, by name."""
+        del before, after
+        return {}
+
+    def measure(self, run: Run, state: TrainState, split: Split) -> dict[str, float]:
+        """What is measured after the last epoch, by name."""
+        del run
+        return self._measure(state, split) if self.recipe.measured else {}
+
+    def loss_fns(self, method: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The loss of a step, and the one in evaluation mode that masks are scored by.
+
+        Both take `(params, batch, batch_stats)`; the first has the new statistics as
+        auxiliary data.
+        """
+        return _make_loss_fns(self._model, self.recipe, is_functional(method))
 
     def turn(self, run: Run) -> Callable[[], float]:
         """A function that trains for an epoch, and returns the seconds of a step.
@@ -217,8 +241,8 @@ class Trainer:
         def epoch() -> float:
             nonlocal state
             start = clock()
-            state, loss = program(state, split, traced, key)
-            loss.block_until_ready()
+            state, means = program(state, split, traced, key)
+            means["loss"].block_until_ready()
             return (clock() - start) / self._epoch_steps
 
         return epoch
@@ -233,7 +257,7 @@ class Trainer:
         # A new mask each epoch.
         if "refresh_every" in defaults:
             defaults["refresh_every"] = self._epoch_steps
-        common = {"base": _BASES[0], "weight_decay": self._recipe.weight_decay}
+        common = {"base": _BASES[0], "weight_decay": self.recipe.weight_decay}
         return {**common, **defaults, **dict(run.hyperparameters)}
 
     def _first_state(self, run: Run, values: Values) -> TrainState:
@@ -246,7 +270,7 @@ class Trainer:
         self, method: str, values: Values, num_steps: Any, seed: int
     ) -> optax.GradientTransformation:
         values = dict(values)
-        base = make_base(self._recipe, values, num_steps)
+        base = make_base(self.recipe, values, num_steps)
         perturb = values.pop("perturb", ())
         ascent = make_ascent(method, values, num_steps, key=seed, perturb=perturb)
         # A loop is slow on the CPU, and elsewhere spares convolutions in groups.
@@ -254,21 +278,18 @@ class Trainer:
         return sharpen(method, base, ascent, values, at_once)
 
     def _make_epoch(self, method: str, values: Values) -> Callable[..., Any]:
-        """Makes `epoch(state, split, traced, key) -> state, loss`, to be compiled."""
+        """Makes `epoch(state, split, traced, key) -> state, means`, to be compiled."""
         fixed = {k: v for k, v in values.items() if k not in TRACED}
-        recipe = self._recipe
-        loss_fn, scoring_loss_fn = _make_loss_fns(
-            self._model, recipe, is_functional(method)
-        )
+        loss_fn, scoring_loss_fn = self.loss_fns(method)
         ascent_loss_fn = None
         if "implicit" in values:
             backward = implicit.Channels(values["implicit"])
-            sparse = make_model(recipe, self._dataset.num_classes, backward)
-            ascent_loss_fn, _ = _make_loss_fns(sparse, recipe, functional=False)
+            sparse = make_model(self.recipe, self._dataset.num_classes, backward)
+            ascent_loss_fn, _ = _make_loss_fns(sparse, self.recipe, functional=False)
 
         def epoch(
             state: TrainState, split: Split, traced: Values, key: jax.Array
-        ) -> tuple[TrainState, jax.Array]:
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
             numbers = dict(traced)
             num_steps = numbers.pop("num_steps")
             # What a method draws with is in its state.
@@ -282,32 +303,33 @@ class Trainer:
             )
 
             def step(
-                state: TrainState, step_input: tuple[jax.Array, jax.Array]
-            ) -> tuple[TrainState, jax.Array]:
+                before: TrainState, step_input: tuple[jax.Array, jax.Array]
+            ) -> tuple[TrainState, dict[str, jax.Array]]:
                 index, key = step_input
-                batch = self._batch(split, index, key)
-                params, stats, opt_state = state
+                batch = self.batch(split, index, key)
+                params, stats, opt_state = before
                 (loss, stats), updates, opt_state = take(
                     params, opt_state, batch, stats
                 )
                 params = optax.apply_updates(params, updates)
-                return TrainState(params, stats, opt_state), loss
+                after = TrainState(params, stats, opt_state)
+                return after, {"loss": loss, **self.observe(before, after)}
 
             order_key, steps_key = jax.random.split(key)
-            size = (self._epoch_steps, self._recipe.batch_size)
+            size = (self._epoch_steps, self.recipe.batch_size)
             order = jax.random.permutation(order_key, len(split.labels))
             indices = order[: math.prod(size)].reshape(size)
             keys = jax.random.split(steps_key, len(indices))
-            state, losses = jax.lax.scan(step, state, (indices, keys))
-            return state, jnp.mean(losses)
+            state, seen = jax.lax.scan(step, state, (indices, keys))
+            return state, jax.tree.map(jnp.mean, seen)
 
         return epoch
 
-    def _batch(self, split: Split, index: jax.Array, key: jax.Array) -> Split:
+    def batch(self, split: Split, index: jax.Array, key: jax.Array) -> Split:
         """The images of a step, cropped and flipped."""
         dataset = self._dataset
         images = normalize(split.images[index], dataset.mean, dataset.std)
-        recipe = self._recipe
+        recipe = self.recipe
         images = augment(
             key, images, pad=recipe.pad, flip=recipe.flip, cutout_probability=0.0
         )
@@ -331,9 +353,8 @@ class Measure:
         def measure(params: Any, stats: Any, split: Split) -> dict[str, jax.Array]:
             def loss_fn(params: Any, batch: Split) -> jax.Array:
                 variables = {"params": params, "batch_stats": stats}
-                logits = model.apply(variables, batch.images, train=False)
-                losses: jax.Array = cross_entropies(logits, batch)
-                return losses
+                logits: Any = model.apply(variables, batch.images, train=False)
+                return cross_entropies(logits, batch)
 
             problem = (loss_fn, params, Split(*normalized(split, dataset)))
             top = diagnostics.top_eigenvalues(*problem, iterations=10, key=0)

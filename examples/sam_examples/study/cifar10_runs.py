@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sam_examples.study.cifar10 import Recipe
+from sam_examples.study.cifar10 import Recipe, Trainer
 from sam_examples.study.contestants import Contestant, Group, Values, grid
+from sam_examples.study.directions import DirectionTrainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +17,13 @@ class Setting:
       title: what is trained, in a few words.
       recipe: see there.
       groups: the runs, in order of worth.
+      trainer: carries them out.
     """
 
     title: str
     recipe: Recipe
     groups: Sequence[Group]
+    trainer: type[Trainer] = Trainer
 
 
 def _at(rate: float, trials: Sequence[Values]) -> tuple[Values, ...]:
@@ -207,6 +210,12 @@ _THETAS = tuple(
     for theta in (0.2, 0.4, 0.9)
 )
 
+# With 1 the direction is SAM's.
+_AT_ONE_RHO = tuple(
+    _small(f"VaSSO, theta {theta:g}", "vasso", {"rho": 0.2, "theta": theta})
+    for theta in (1.0, 0.9, 0.4, 0.2)
+)
+
 
 def _reweighted(label: str, strength: float, **others: Any) -> Contestant:
     return _like_sam(label, "rw_sam", strength=strength, **{**_SLOPES, **others})
@@ -382,6 +391,12 @@ _BRIEF_GROUPS: Sequence[Group] = (
 
 SETTINGS: Mapping[str, Setting] = {
     "small": Setting("4,096 images, labels are fitted", _SMALL_RECIPE, _SMALL),
+    "directions": Setting(
+        "those of small, and how the direction varies",
+        _SMALL_RECIPE,
+        (Group(THETA, _AT_ONE_RHO, _AT_40),),
+        DirectionTrainer,
+    ),
     "full": Setting("all images, on a GPU", Recipe(), _FULL),
     "augmented": Setting(
         "4,096 images, cropped and flipped",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -33,19 +33,20 @@ from sam_examples.study.digits import Digits, Runs, best_rho
 TUNING_SEED = 1000
 SETTINGS = ("epochs", "noise", "batch_size", "learning_rate", "weight_decay", "width")
 
-HELP = """\
-A small ResNet learns the digits with label noise, as in compare.py. Every configuration
-gets the rho that does best on the validation split, and is then trained with other
-seeds, whose test accuracy counts. Its steps are timed in turns with those of all
-others. Every training is added to runs.jsonl in --out as it ends, and not repeated if
-found there. Prints a table; writes results.json and, for each width that is timed, a
-plot."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Options(NoisyDigits):
-    """The options of a study."""
+    """Tunes rho for every configuration, trains it and times its steps.
 
+    A small ResNet learns the digits with label noise, as in compare.py. Every
+    configuration gets the rho that does best on the validation split, and is then
+    trained with other seeds, whose test accuracy counts. Its steps are timed in turns
+    with those of all others. Every training is added to runs.jsonl in --out as it ends,
+    and not repeated if found there. Prints a table; writes results.json and, for each
+    width that is timed, a plot.
+    """
+
+    question: tyro.conf.Suppress[str] = ""
     configurations: tuple[str, ...] = ()
     """The rows of the table, by default all there are."""
     seeds: int = 5
@@ -164,32 +165,19 @@ def check(options: Options, configurations: Mapping[str, Configuration]) -> None
 
 
 def run(
-    args: Sequence[str] | None,
-    configurations: Mapping[str, Configuration],
-    *,
-    purpose: str,
-    name: str,
-    title: str,
+    options: Options, configurations: Mapping[str, Configuration], title: str
 ) -> None:
     """Runs a study, prints its table, and writes figures and plots.
 
     Args:
-      args: the command line, see `Options`.
+      options: see there.
       configurations: the rows to choose from, with `SGD` and `SAM`.
-      purpose: begins the help.
-      name: of the directory of the results.
       title: of the table and the plots.
     """
-    options = tyro.cli(
-        Options,
-        default=Options(configurations=tuple(configurations)),
-        description=f"{purpose}\n\n{HELP}",
-        args=args,
-    )
     with one_line_errors():
         digits = Digits(options)
         check(options, configurations)
-        directory = make_run_directory(options.out, name)
+        directory = make_run_directory(options.out, f"digits-{options.question}")
         settings = {setting: getattr(options, setting) for setting in SETTINGS}
         runs = Runs(directory / "runs.jsonl", settings)
     study = Study(options, digits, runs, configurations)
@@ -205,7 +193,7 @@ def run(
         rows=rows,
         times=times,
     )
-    title = f"{title} of width {options.width}"
+    title = f"{title}, a network of width {options.width}"
     data = f"digits, {100 * options.noise:g} % wrong labels, {options.seeds} seeds"
     print_trade_off(rows, times, best=SAM, title=f"{title}; {data}")
     for width, ratios in times.items():

@@ -1,26 +1,28 @@
-"""The ledger of translations: its runs, its table, and the times of its steps."""
+"""The runs that translate: their files, their table, and the times of their steps."""
 
 import json
 
 import pytest
-from benchmarks import translation_ledger as script
 from example_support import check_refusal
-from sam_examples.benchmarking import ledger, plans
-from sam_examples.benchmarking.brief_translation import Recipe, TranslationLedger
 from sam_examples.data.spelt_numbers import load_spelt_numbers
+from sam_examples.study import contestants, ledger
+from sam_examples.study.contestants import Contestant, Group
+from sam_examples.study.translation import Recipe, TranslationLedger
+from sam_examples.study.translation_runs import GROUPS
+from study import translation as script
 
 TINY = ["--recipe.vocabulary", "60", "--recipe.longest", "64", "--recipe.layers", "1"]
 TINY += ["--recipe.width", "8", "--recipe.hidden", "8", "--recipe.shapes", "1"]
 TINY += ["--recipe.batch-tokens", "200"]
-ADAMW = plans.Contestant("AdamW", "sgd", ({"learning_rate": 0.01},), epochs=2)
+ADAMW = Contestant("AdamW", "sgd", ({"learning_rate": 0.01},), epochs=2)
 RHOS = tuple({"learning_rate": 0.01, "rho": rho} for rho in (0.1, 0.2))
-SAM = plans.Contestant("SAM", "sam", RHOS, epochs=2)
+SAM = Contestant("SAM", "sam", RHOS, epochs=2)
 
 
 @pytest.fixture
 def few(monkeypatch):
-    groups = tuple(plans.Group((contestant,), (0.0,)) for contestant in (ADAMW, SAM))
-    monkeypatch.setattr(script, "TRANSLATION", groups)
+    groups = tuple(Group("translation", (c,)) for c in (ADAMW, SAM))
+    monkeypatch.setattr(script, "GROUPS", groups)
     return groups
 
 
@@ -57,13 +59,13 @@ def test_runs_are_recorded_with_losses_and_bleu(tmp_path, data_dir, few, capsys)
     assert result["step_seconds"] > 0
     assert result["recipe"]["width"] == 8
 
-    script.main([*arguments, "--time-steps", "2"])
+    script.main([*arguments, "--time-rounds", "2"])
     times = json.loads((tmp_path / "runs-steps.json").read_text())
-    assert times["over_adamw"]["sgd"] == 1
-    assert times["over_adamw"]["sam"] > 0
+    assert times["over_base"]["AdamW"] == 1
+    assert times["over_base"]["SAM"] > 0
     capsys.readouterr()
-    script.main([*arguments, "--minutes", "0", "--markdown"])
-    assert "| AdamW | 2 | 1 | learning_rate 0.01 | 1 |" in capsys.readouterr().out
+    script.main([*arguments, "--minutes", "0"])
+    assert "AdamW" in capsys.readouterr().out
 
 
 def record(book, run, **figures):
@@ -73,7 +75,7 @@ def record(book, run, **figures):
 
 def test_the_trial_of_the_least_held_out_loss_is_chosen(tmp_path, few):
     book = TranslationLedger(tmp_path, Recipe(), few)
-    book.ratios = {"sam": 1.9}
+    book.ratios = {"SAM": 1.9}
     for trial, loss in zip(SAM.grid, (2.5, 2.25), strict=True):
         record(book, SAM.run(trial, 0.0, seed=0), valid_loss=loss)
     assert SAM.run(SAM.grid[1], 0.0, seed=1) in book.missing()
@@ -81,10 +83,10 @@ def test_the_trial_of_the_least_held_out_loss_is_chosen(tmp_path, few):
     (row,) = book.summary()
     assert row == {
         "configuration": "SAM",
-        "epochs": 2,
-        "best of": 2,
+        "epochs": "2",
+        "best of": "2",
         "chosen": "learning_rate 0.01, rho 0.2",
-        "seeds": 2,
+        "seeds": "2",
         "held-out loss": "2.500 ± 0.354",
         "BLEU, held out": "20.00 ± 0.00",
         "BLEU, test_a": "10.00 ± 0.00",
@@ -101,22 +103,11 @@ def test_what_another_program_adds_is_not_done_again(tmp_path, few):
 
 
 def test_files_of_all_runs_differ():
-    groups = plans.TRANSLATION
-    runs = set(plans.in_order(groups, {}))
-    runs |= set(plans.in_order(groups, dict.fromkeys(runs, 0.5)))
+    runs = set(contestants.in_order(GROUPS, {}))
+    runs |= set(contestants.in_order(GROUPS, dict.fromkeys(runs, 0.5)))
     assert len({ledger.file_name(run) for run in runs}) == len(runs)
 
 
 def test_a_ledger_needs_text(tmp_path, capsys):
     arguments = ["--minutes", "1", "--out", str(tmp_path)]
     check_refusal(capsys, "--data-dir must name", script.main, arguments)
-
-
-def test_the_readme_has_the_table_of_the_runs_that_are_recorded():
-    path = next(script.RESULTS.iterdir())
-    recipe = Recipe(**json.loads(path.read_text())["recipe"])
-    book = TranslationLedger(script.RESULTS, recipe, plans.TRANSLATION)
-    book.ratios = script.time_ratios(script.RESULTS)
-    assert recipe == Recipe()
-    readme = script.RESULTS.parents[1] / "README.md"
-    assert ledger.as_markdown(book.summary()) in readme.read_text()

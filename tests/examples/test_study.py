@@ -1,4 +1,4 @@
-"""The ledger of CIFAR-10 runs: its order, its files, and that it can be resumed."""
+"""The runs on CIFAR-10: their order, their files, and that they can be resumed."""
 
 import dataclasses
 import json
@@ -7,20 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks import ledger as script
 from data_files import PER_FILE, write_binaries
 from example_support import check_refusal
-from sam_examples.benchmarking import ledger, plans
-from sam_examples.benchmarking.fast_cifar import Recipe, Run, Trainer, triangle
-from sam_examples.data import load_cifar10, normalize
+from sam_examples.data import Split, load_cifar10, normalize
 from sam_examples.models.airbench import Airbench, whitening_filters
+from sam_examples.study import contestants, ledger
+from sam_examples.study.cifar10 import Recipe, Trainer, shrunk, triangle
+from sam_examples.study.cifar10_runs import QUESTIONS, SETTINGS
+from sam_examples.study.contestants import Contestant, Group, Run
+from sam_examples.study.directions import DirectionTrainer
+from study import cifar10 as script
 
 TINY = Recipe(widths=(2, 2, 2), batch_size=8, dtype="float32")
 
 
 def options(data_dir, out):
     return [
-        *("--data-dir", str(data_dir), "--out", str(out)),
+        *("full", "--data-dir", str(data_dir), "--out", str(out)),
         *("--images-per-file", str(PER_FILE), "--num-valid", "4"),
         *("--recipe.widths", "2", "2", "2", "--recipe.batch-size", "8"),
         *("--recipe.dtype", "float32"),
@@ -36,13 +39,20 @@ def make_trainer(data_dir):
     return Trainer(load_cifar10(data_dir, num_valid=4, images_per_file=PER_FILE), TINY)
 
 
-def few(monkeypatch, *contestants):
-    monkeypatch.setitem(plans.PLANS, "gpu", [plans.Group(contestants)])
+def few(monkeypatch, *chosen):
+    groups = (Group("noise", chosen, (0.0, 0.4)),)
+    setting = dataclasses.replace(SETTINGS["full"], groups=groups)
+    monkeypatch.setitem(SETTINGS, "full", setting)
 
 
-SGD = plans.Contestant("SGD", "sgd", ({"learning_rate": 0.5},), epochs=1)
-ALL = plans.PLANS["gpu"]
-SAM = plans.Contestant("SAM", "sam", ({"rho": 0.1}, {"rho": 0.2}), epochs=1)
+def sam(**others):
+    trials = ({"learning_rate": 1.0, "rho": rho, **others} for rho in (0.1, 0.2))
+    return Contestant("SAM", "sam", tuple(trials), epochs=1)
+
+
+SGD = Contestant("SGD", "sgd", ({"learning_rate": 0.5},), epochs=1)
+ALL = SETTINGS["full"].groups
+SAM = sam()
 
 
 @pytest.mark.full
@@ -67,10 +77,10 @@ def test_a_ledger_grows_and_repeats_nothing(tmp_path, data_dir, monkeypatch, cap
     printed = capsys.readouterr().out
     assert printed.count("% held out") == 6
 
-    script.main([*arguments, "--minutes", "9", "--markdown"])
+    script.main([*arguments, "--minutes", "9"])
     printed = capsys.readouterr().out
     assert "% held out" not in printed
-    assert "| 0.4 | SGD | 1 | 1 | learning_rate 0.5 | 3 |" in printed
+    assert QUESTIONS["noise"] in printed
     assert files == {p.name: p.read_text() for p in (tmp_path / "runs").iterdir()}
 
 
@@ -92,21 +102,21 @@ def test_a_watch_knows_how_long_a_run_takes():
 
 
 def test_more_seeds_are_for_what_did_best_on_the_held_out_split():
-    groups = [plans.Group((SGD, SAM))]
+    groups = [Group("noise", (SGD, SAM), (0.0, 0.4))]
     worse, better = (SAM.run(trial, 0.4, seed=0) for trial in SAM.grid)
-    before = list(plans.in_order(groups, {worse: 0.6}))
+    before = list(contestants.in_order(groups, {worse: 0.6}))
     assert [run.seed for run in before[:6]] == [0] * 6
     assert SAM.run(SAM.grid[0], 0.4, seed=1) in before
-    after = list(plans.in_order(groups, {worse: 0.6, better: 0.7}))
+    after = list(contestants.in_order(groups, {worse: 0.6, better: 0.7}))
     assert SAM.run(SAM.grid[1], 0.4, seed=1) in after
     assert SAM.run(SAM.grid[0], 0.4, seed=1) not in after
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
-def test_files_of_all_runs_differ(plan):
-    groups = plans.PLANS[plan]
-    scores = dict.fromkeys(plans.in_order(groups, {}), 0.5)
-    runs = list(plans.in_order(groups, scores))
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_files_of_all_runs_differ(setting):
+    groups = SETTINGS[setting].groups
+    scores = dict.fromkeys(contestants.in_order(groups, {}), 0.5)
+    runs = list(contestants.in_order(groups, scores))
     assert len({ledger.file_name(run) for run in runs}) == len(set(runs)) == len(runs)
 
 
@@ -116,7 +126,7 @@ def record(ledger_, run, **figures):
 
 def test_a_run_comes_back_as_it_was_recorded(tmp_path):
     book = ledger.Ledger(tmp_path, TINY, ALL)
-    static = plans.Contestant("static", "sam", ({"rho": 0.1, "perturb": ("Conv_4",)},))
+    static = sam(perturb=("Conv_4",))
     runs = [c.run(c.grid[0], 0.4, seed=2) for c in (SGD, SAM, static)]
     for run in runs:
         record(book, run)
@@ -126,13 +136,13 @@ def test_a_run_comes_back_as_it_was_recorded(tmp_path):
 
 
 def test_a_summary_reports_test_accuracy_of_the_held_out_choice(tmp_path):
-    book = ledger.Ledger(tmp_path, TINY, [plans.Group((SGD, SAM))])
+    book = ledger.Ledger(tmp_path, TINY, [Group("noise", (SGD, SAM), (0.0, 0.4))])
     for trial, valid, test in zip(SAM.grid, (0.8, 0.7), (0.6, 0.9), strict=True):
         record(book, SAM.run(trial, 0.0, seed=0), valid=valid, test=test)
     record(book, SAM.run(SAM.grid[0], 0.0, seed=1), valid=0.6, test=0.7)
     (row,) = book.summary()
-    assert row["chosen"] == "rho 0.1"
-    assert (row["best of"], row["seeds"]) == (2, 2)
+    assert row["chosen"] == "learning_rate 1, rho 0.1"
+    assert (row["best of"], row["seeds"]) == ("2", "2")
     assert row["test"] == "65.00 ± 7.07"
 
 
@@ -155,8 +165,20 @@ def test_a_field_that_a_recorded_recipe_lacks_was_as_by_default(tmp_path):
 
 
 def test_a_ledger_needs_images(tmp_path, capsys):
-    arguments = ["--minutes", "1", "--out", str(tmp_path)]
+    arguments = ["full", "--minutes", "1", "--out", str(tmp_path)]
     check_refusal(capsys, "--data-dir must name", script.main, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--questions", "why"], "--questions must be out of noise, got why"),
+        (["--only", "SGDM"], "--only must be out of ASAM, GSAM, "),
+        (["--time-rounds", "-1"], "--time-rounds must be at least 0, got -1"),
+    ],
+)
+def test_what_is_not_in_the_study_is_refused(options, message, capsys):
+    check_refusal(capsys, message, script.main, ["full", "--minutes", "0", *options])
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -169,7 +191,8 @@ def test_what_is_no_run_is_refused(tmp_path):
 def test_a_method_that_cannot_be_compiled_costs_the_others_nothing(
     tmp_path, data_dir, monkeypatch, capsys
 ):
-    broken = dataclasses.replace(SAM, label="broken", grid=({"rho": 0.1, "key": "x"},))
+    trial = {"learning_rate": 1.0, "rho": 0.1, "key": "x"}
+    broken = dataclasses.replace(SAM, label="broken", grid=(trial,))
     few(monkeypatch, broken, SGD)
     compile_run = Trainer.compile
 
@@ -220,6 +243,51 @@ def test_every_contestant_trains(data_dir, contestant):
 
 
 @pytest.mark.full
+def test_curvature_and_noise_are_those_of_the_final_parameters(data_dir):
+    recipe = dataclasses.replace(TINY, measured=8)
+    dataset = load_cifar10(data_dir, num_valid=4, images_per_file=PER_FILE)
+    trainer = DirectionTrainer(dataset, recipe)
+    theta = {"learning_rate": 0.1, "rho": 0.0, "theta": 1.0}
+    run = Run("VaSSO", "vasso", tuple(theta.items()), 0.0, 1, 0)
+    trainer.compile(run)
+    measures = trainer.train(run).measures
+    assert measures["covariance_trace"] > 0
+    assert measures["top_eigenvalue"] > 0
+    # With theta 1 an average of all is the last gradient: less of it varies less.
+    slow = dataclasses.replace(
+        run, hyperparameters=tuple({**theta, "theta": 0.5}.items())
+    )
+    slower = trainer.train(slow).measures
+    assert slower["cosine"] > measures["cosine"]
+    assert slower["mean_cosine"] > measures["mean_cosine"]
+    assert slower["relative_variance"] < measures["relative_variance"]
+    # The trainings are the same, since rho is 0.
+    assert slower["top_eigenvalue"] == pytest.approx(measures["top_eigenvalue"])
+
+
+@pytest.mark.full
+def test_steps_are_timed_in_turns(tmp_path, data_dir, monkeypatch, capsys):
+    longer = dataclasses.replace(SGD, label="SGD, longer", epochs=2)
+    few(monkeypatch, SGD, longer, SAM)
+    arguments = options(data_dir, tmp_path / "runs")
+    script.main([*arguments, "--time-rounds", "2"])
+    times = json.loads((tmp_path / "runs-steps.json").read_text())
+    assert times["over_base"].keys() == {"SGD", "SGD, longer", "SAM"}
+    assert times["over_base"]["SGD"] == times["over_base"]["SGD, longer"] == 1
+    assert times["processor_seconds"].keys() == {"SGD", "SAM"}
+    assert ledger.time_ratios(tmp_path / "runs") == times["over_base"]
+
+
+def test_a_mean_over_pixels_takes_their_place():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    small = shrunk(Split(images, np.zeros(2)), 2).images
+    assert small.shape == (2, 2, 2, 3)
+    expected = images[:, :2, 2:].astype(float).mean((1, 2))
+    np.testing.assert_array_equal(small[:, 0, 1], np.rint(expected))
+    assert small.dtype == np.uint8
+
+
+@pytest.mark.full
 def test_a_recipe_may_have_the_first_images_only(data_dir):
     dataset = load_cifar10(data_dir, num_valid=4, images_per_file=PER_FILE)
     recipe = dataclasses.replace(TINY, num_images=16, stride=2, pad=0, flip=False)
@@ -235,8 +303,9 @@ def test_a_recipe_may_have_the_first_images_only(data_dir):
 @pytest.mark.full
 def test_rho_zero_is_the_base_and_rho_is_read(data_dir):
     trainer = make_trainer(data_dir)
-    sam = dataclasses.replace(SAM, epochs=3)
-    runs = [SGD.run({}, 0.0, 0), *(sam.run({"rho": rho}, 0.0, 0) for rho in (0.0, 0.5))]
+    rate = {"learning_rate": 1.0}
+    runs = [SGD.run(rate, 0.0, 0)]
+    runs += [SAM.run({**rate, "rho": rho}, 0.0, 0) for rho in (0.0, 0.5)]
     runs = [dataclasses.replace(run, epochs=3) for run in runs]
     for run in runs[:2]:
         trainer.compile(run)
@@ -287,21 +356,19 @@ def test_whitening_is_no_parameter_and_stays_as_it_is(data_dir):
     assert float(jnp.std(logits)) > 0
 
 
-@pytest.mark.parametrize("plan", plans.PLANS)
-def test_the_readme_has_the_table_of_the_runs_that_are_recorded(plan):
-    directory = script.RESULTS[plan]
-    path = next(directory.iterdir())
-    fields = Recipe(**json.loads(path.read_text())["recipe"])
-    runs = ledger.Ledger(directory, fields, plans.PLANS[plan])
-    pairs = [pair for group in plans.PLANS[plan] for pair in group.pairs]
+@pytest.mark.parametrize("name", SETTINGS)
+def test_all_that_is_recorded_is_asked_for(name):
+    setting, directory = SETTINGS[name], script.RESULTS / name
+    if not directory.exists():
+        pytest.skip("no runs yet")
+    runs = ledger.Ledger(directory, setting.recipe, setting.groups)
     assert set(runs.results) <= {
         contestant.run(trial, noise, seed)
-        for contestant, noise in pairs
+        for group in setting.groups
+        for contestant, noise in group.pairs
         for trial in contestant.grid
-        for seed in (0, *plans.MORE_SEEDS)
+        for seed in range(group.seeds)
     }
-    readme = directory.parents[1] / "README.md"
-    assert ledger.as_markdown(runs.summary()) in readme.read_text()
 
 
 def test_a_training_raises_and_lowers_the_learning_rate():

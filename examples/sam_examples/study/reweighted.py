@@ -1,25 +1,13 @@
-"""Test accuracy of RW-SAM over its hyperparameters, beside SAM and m-SAM."""
+"""RW-SAM over its hyperparameters, beside SAM and m-SAM."""
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import optax
 
-if not __package__:  # Run as a script, which leaves examples/ off the path.
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from sam_examples.benchmarking import trade_off
-from sam_examples.benchmarking.configurations import (
-    CONFIGURATIONS,
-    SAM,
-    SGD,
-    Configuration,
-)
-
 import optax_sam
+from sam_examples.study.configurations import CONFIGURATIONS, SAM, SGD, Configuration
 
 REWEIGHTED, MICRO_BATCHES = "reweighted", "micro-batches"
 STRENGTHS = {False: (0.03, 0.1, 0.3), True: (0.3, 1.0, 3.0)}  # By normalize.
@@ -41,7 +29,7 @@ def reweighted(strength: float, num_probes: int, normalize: bool) -> Configurati
     return Configuration(REWEIGHTED, make_ascent)
 
 
-ROWS: Mapping[str, Configuration] = {
+REWEIGHTING: Mapping[str, Configuration] = {
     SGD: CONFIGURATIONS[SGD],
     SAM: CONFIGURATIONS[SAM],
     **{
@@ -60,18 +48,3 @@ ROWS: Mapping[str, Configuration] = {
         for size in SIZES
     },
 }
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the study that the command line asks for."""
-    trade_off.run(
-        args,
-        ROWS,
-        purpose="Measures what RW-SAM gains over SAM, for hyperparameters in a grid.",
-        name="reweight-accuracy",
-        title="RW-SAM and m-SAM, a network",
-    )
-
-
-if __name__ == "__main__":
-    main()
