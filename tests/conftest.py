@@ -33,6 +33,7 @@ NEED_FLAX = [
     "optax_sam/flax.py",
     "optax_sam/implicit.py",
     "tests/data_files.py",
+    "tests/docs",
     "tests/engine/test_batch_norm.py",
     "tests/engine/test_cost.py",
     "tests/engine/test_tpu.py",

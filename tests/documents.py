@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "examples", "optax_sam", "tests")
@@ -14,6 +14,8 @@ PAGES = sorted(
         *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")),
     )
 )
+TUTORIAL = "docs/tutorial.md"
+NOTEBOOKS = [page for page in PAGES if page.startswith("docs/notebooks/")]
 
 
 class Block(NamedTuple):
@@ -38,11 +40,32 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def python(page: str) -> dict[str, str]:
-    """The Python blocks of a page by the heading each stands under, one for each."""
-    found = [block for block in blocks(page) if block.language == "python"]
-    by_heading = {block.heading: block.content for block in found}
-    assert len(by_heading) == len(found), f"{page}: two blocks under one heading"
-    return by_heading
+    """The Python code of a page by the heading it stands under, in order."""
+    sections: dict[str, str] = {}
+    for block in blocks(page):
+        if block.language in ("python", "{code-cell} python"):
+            if block.heading in sections:
+                assert block.heading == list(sections)[-1], f"{page}: two such headings"
+            sections[block.heading] = sections.get(block.heading, "") + block.content
+    return sections
+
+
+def run(page: str, heading: str = "") -> dict[str, Any]:
+    """The names that a reader has who pasted a page's code, all or up to a heading's.
+
+    Pages of the site go on from the tutorial's quickstart, as docs/index.md says;
+    notebooks, and pages elsewhere, begin with nothing.
+    """
+    sections = python(page)
+    assert not heading or heading in sections, f"{page} has no code under {heading}"
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    if page.startswith("docs/") and page not in (TUTORIAL, *NOTEBOOKS):
+        scope = run(TUTORIAL, "Flax linen")
+    for name, code in sections.items():
+        exec(compile(code, f"{page}: {name}", "exec"), scope)
+        if name == heading:
+            break
+    return scope
 
 
 def commands(page: str) -> list[str]:
@@ -51,7 +74,7 @@ def commands(page: str) -> list[str]:
 
 
 def anchors(page: str) -> set[str]:
-    """What links can name of a page: its headings, as GitHub writes them."""
+    """What links can name of a page: its headings, as GitHub and MyST write them."""
     return {
         re.sub(r"[^\w\- ]", "", block.heading.lower()).replace(" ", "-")
         for block in blocks(page)
