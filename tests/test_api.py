@@ -5,6 +5,7 @@ import inspect
 import pydoc
 import re
 
+import documents
 import pytest
 
 import optax_sam
@@ -143,6 +144,16 @@ def test_names_parameters_and_fields(module):
 
 def is_of_a_method(value):
     return value.__module__.startswith("optax_sam._ascents.")
+
+
+@pytest.mark.parametrize("module", API)
+def test_the_reference_has_every_public_name(module):
+    if module in ("optax_sam.flax", "optax_sam.implicit"):
+        pytest.importorskip("flax")
+    pages = [path.read_text() for path in documents.ROOT.glob("docs/api/*.md")]
+    shown = re.findall(r"^\.\. auto\w+:: (\S+)$", "\n".join(pages), re.MULTILINE)
+    names = {f"{module}.{name}" for name in importlib.import_module(module).__all__}
+    assert names <= set(shown), names - set(shown)
 
 
 def test_help_lists_the_entry_points():
