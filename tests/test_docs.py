@@ -24,7 +24,6 @@ from optax_sam.flax import nnx_value_and_update
 FIRST_PAGES = {documents.TUTORIAL, "docs/choosing.md"}
 NOT_CONVERTED = {"docs/recipes.md"}  # Its code does not run from top to bottom.
 README = documents.python("README.md")
-PRICE = documents.python("docs/price-of-sgd.md")
 RECIPES = documents.python("docs/recipes.md")
 
 
@@ -119,23 +118,6 @@ def test_hyperparameters_that_change():
         rtol=1e-5,
         atol=1e-8,
     )
-
-
-def test_another_ascent_with_the_descent_of_gsam():
-    problem = problems.perceptron()
-    scope = {"optax": optax, "optax_sam": optax_sam}
-    exec(RECIPES["GSAM and WSAM with another ascent"], scope)
-    params, grad_fn = problem.params, jax.grad(problems.mean_loss(problem))
-    tx, clean = scope["tx"], grad_fn(params)
-    updates, _ = tx.update(clean, tx.init(params), params, grad_fn=grad_fn)
-    # The first direction of VaSSO is that of SAM.
-    scale = 0.1 / problems.norm(clean)
-    perturbed = grad_fn(jax.tree.map(lambda p, g: p + scale * g, params, clean))
-    share = optax.tree.vdot(clean, perturbed) / optax.tree.norm(perturbed, squared=True)
-    expected = jax.tree.map(
-        lambda p, g: -0.1 * (p - 0.1 * (g - share * p)), perturbed, clean
-    )
-    problems.assert_trees_close(updates, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_functional_sam_and_a_preconditioned_ascent():
@@ -363,77 +345,6 @@ def test_freezing_parts():
     assert any(np.all(point["head"] > 1) for point in points)
 
 
-def test_cheaper_steps():
-    scope = after_the_quickstart(
-        "docs/cheaper-perturbations.md", "Perturbations that cost less"
-    )
-    params, batch, tx = scope["params"], scope["batch"], scope["tx"]
-    # The names and parameters of the layers are those of the dense model.
-    sparse = scope["sparse_model"].apply(params, batch["x"])
-    dense = scope["model"].apply(params, batch["x"])
-    np.testing.assert_array_equal(sparse, dense)
-    opt_state = tx.init(params)
-    value, updates, _ = scope["step"](params, opt_state, batch)
-    quarter = scope["ascent_loss_fn"](params, batch)
-    assert quarter.shape == (16,)
-    np.testing.assert_allclose(value, quarter.mean(), rtol=1e-5)
-    assert problems.norm(updates) > 0
-
-
-def price_of(heading):
-    scope = {"jax": jax, "optax": optax, "optax_sam": optax_sam, **problem_in_layers()}
-    exec(PRICE[heading], scope)
-    return scope
-
-
-def losses_of_steps(heading, steps=3):
-    """The two losses of each step of an optimizer of the page, and its last state."""
-    scope = price_of(heading)
-    tx, params = scope["tx"], scope["params"]
-    step = jax.jit(optax_sam.value_and_update(scope["loss_fn"], tx))
-    opt_state, seen = tx.init(params), []
-    for _ in range(steps):
-        value, updates, opt_state = step(params, opt_state, scope["batch"])
-        params = optax.apply_updates(params, updates)
-        seen.append((float(value), float(opt_state.perturbed_loss)))
-    return np.array(seen), opt_state
-
-
-def problem_in_layers():
-    params = {"layers_0": jnp.array([1.0, -2.0]), "layers_1": jnp.array([0.5])}
-
-    def loss_fn(params, batch):
-        return (batch @ params["layers_0"] * params["layers_1"] - 1) ** 2
-
-    return {"params": params, "loss_fn": loss_fn, "batch": jnp.eye(4)[:, :2] + 1}
-
-
-@pytest.mark.parametrize(
-    "heading",
-    ["One gradient a step", "Warming up", "With masks", "An ascent of your own"],
-)
-def test_steps_of_one_gradient_report_its_loss(heading):
-    losses, opt_state = losses_of_steps(heading)
-    np.testing.assert_array_equal(losses[:, 0], losses[:, 1])
-    assert optax.tree.get(opt_state, "clean_loss") == losses[-1, 1]
-
-
-@pytest.mark.parametrize(
-    ("heading", "ascending"),
-    [
-        ("Ascending in some steps only", [False] * 6),
-        ("LookSAM with another ascent", [True] + 4 * [False] + [True]),
-    ],
-)
-def test_steps_that_ascend_have_a_gap(heading, ascending):
-    losses, _ = losses_of_steps(heading, steps=6)
-    np.testing.assert_array_equal(losses[:, 0] != losses[:, 1], ascending)
-
-
-def test_the_gap_is_in_the_state():
-    assert price_of("The gap, for nothing")["gap"] > 0
-
-
 def test_shard_map():
     scope = after_the_quickstart("docs/devices.md", "Inside `shard_map` and `pmap`")
     inputs = scope["params"], scope["opt_state"], scope["batch"]
@@ -473,11 +384,6 @@ def test_copies_differ_where_the_axis_was_forgotten(by):
 
     assert scope["copies_agree"](updates("data"))
     assert not scope["copies_agree"](updates(None))
-
-
-def test_the_effective_sample_size():
-    scope = after_the_quickstart("docs/numbers-and-costs.md", "Choosing `strength`")
-    assert 1 < scope["effective"] < 64
 
 
 def test_steps_that_are_not_finite():
