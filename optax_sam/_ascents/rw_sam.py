@@ -93,7 +93,8 @@ def rw_sam(
       True
 
     References:
-      `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
+      Luo et al., `Unveiling m-Sharpness Through the Structure of Stochastic Gradient
+      Noise <https://arxiv.org/abs/2509.18001>`_, 2025
     """
     with calling("rw_sam"):
         reweight = reweight_by_sharpness(
@@ -177,7 +178,8 @@ def reweight_by_sharpness(
       [3.]
 
     References:
-      `RW-SAM <https://arxiv.org/abs/2509.18001>`_, 2025
+      Luo et al., `Unveiling m-Sharpness Through the Structure of Stochastic Gradient
+      Noise <https://arxiv.org/abs/2509.18001>`_, 2025
     """
     owner = called("reweight_by_sharpness")
     strength_at = as_schedule(owner, "strength", strength)
