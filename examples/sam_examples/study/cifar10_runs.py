@@ -389,6 +389,11 @@ _BRIEF_GROUPS: Sequence[Group] = (
     ),
 )
 
+
+def _quick(*contestants: Contestant) -> tuple[Contestant, ...]:
+    return tuple(dataclasses.replace(c, grid=c.grid[:1], epochs=1) for c in contestants)
+
+
 SETTINGS: Mapping[str, Setting] = {
     "small": Setting("4,096 images, labels are fitted", _SMALL_RECIPE, _SMALL),
     "directions": Setting(
@@ -407,6 +412,11 @@ SETTINGS: Mapping[str, Setting] = {
         "4,096 images, twice the width",
         dataclasses.replace(_SMALL_RECIPE, widths=(64, 128, 128)),
         (Group(TRANSFER, (SGD, *_TRANSFERRED), _AT_40),),
+    ),
+    "quick": Setting(
+        "256 images, an epoch: whether all of it works",
+        dataclasses.replace(_SMALL_RECIPE, num_images=256, measured=64),
+        (Group(PRICE, _quick(SGD, SAM, _MOMENTUM_SAM), _AT_40, seeds=1),),
     ),
     "brief": Setting(
         "4,096 larger images, 12 epochs",

@@ -238,7 +238,7 @@ def print_summary(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     Console(highlight=False).print(table)
 
 
-_WORDS = ("configuration", "chosen")
+_WORDS = ("configuration", "chosen", "method", "in one line", "gradients")
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

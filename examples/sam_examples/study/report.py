@@ -8,7 +8,8 @@ of the key, in a line or in several. Keys are words with bars between them:
   wrong labels;
 * `value | small | 0.4 | SAM | test`: one figure of one configuration;
 * `digits | sparse`: a row for each configuration of a question of the digits;
-* `translation`: the table of the runs that translate.
+* `translation`: the table of the runs that translate;
+* `front`: a row for each method, with what it is called and what it came to.
 """
 
 import functools
@@ -239,6 +240,74 @@ def _digits(book: Book, *names: str) -> str:
     return as_markdown(rows)
 
 
+# Method, page, how it is called, gradients of a step, and its row in the small setting.
+_FRONT = (
+    ("the base: SGD", "", "optax.sgd(...)", "1", "SGD"),
+    ("SAM", "sam", "sam(base, rho)", "2", "SAM"),
+    ("ASAM", "asam", "asam(base, rho)", "2", "ASAM"),
+    ("VaSSO", "vasso", "vasso(base, rho, theta)", "2", "VaSSO, theta 0.9"),
+    ("Friendly SAM", "friendly_sam", "friendly_sam(base, rho)", "2", "Friendly SAM"),
+    (
+        "Sparse SAM, SSAM-F",
+        "sparse_sam",
+        "sparse_sam(base, rho, pattern, ...)",
+        "2",
+        "Fisher, 50 %",
+    ),
+    (
+        "Sparse SAM, SSAM-D",
+        "sparse_sam",
+        "dynamic_sparse_sam(base, rho, sparsity, ...)",
+        "2",
+        "dynamic, 50 %",
+    ),
+    (
+        "Sparse SAM, first layers",
+        "sparse_sam",
+        "chain(perturb_only(mask), scale_to_radius(rho))",
+        "1.4 to 2",
+        "static: first block",
+    ),
+    (
+        "Sparse SAM, implicit",
+        "implicit",
+        "value_and_update(..., ascent_loss_fn=...)",
+        "1.7",
+        "implicit, half of the channels",
+    ),
+    ("RW-SAM", "rw_sam", "rw_sam(base, rho, strength)", "2.3", "RW-SAM, strength 1"),
+    ("m-SAM", "m_sam", "m_sam(base, rho, micro_batch_size)", "2", "m-SAM, m = 16"),
+    ("GSAM", "gsam", "gsam(base, rho, alpha)", "2", "GSAM"),
+    ("WSAM", "wsam", "wsam(base, rho, gamma)", "2", "WSAM"),
+    (
+        "Functional SAM",
+        "functional_sam",
+        "functional_loss(output_fn, loss_fn)",
+        "2",
+        "Functional SAM",
+    ),
+    ("LookSAM", "look_sam", "look_sam(base, rho, every=k)", "1 + 1/k", "LookSAM-5"),
+    ("Momentum-SAM", "momentum_sam", "momentum_sam(base, rho)", "1", "Momentum-SAM"),
+)
+
+
+def _front(book: Book) -> str:
+    """A row for each method: how it is called, what it costs and came to."""
+    rows = []
+    for name, page, call, gradients, label in _FRONT:
+        entry = book.entry("small", 0.4, label)
+        rows.append(
+            {
+                "method": f"[{name}](docs/methods/{page}.md)" if page else name,
+                "in one line": f"`{call}`",
+                "gradients": gradients,
+                "test accuracy (%)": _percent(entry.figures("test")),
+                "time": f"{book.time('small', entry):.2f}",
+            }
+        )
+    return as_markdown(rows)
+
+
 def _translation(book: Book) -> str:
     return as_markdown(book.translation().summary())
 
@@ -249,4 +318,5 @@ _KINDS: Mapping[str, Callable[..., str]] = {
     "value": _value,
     "digits": _digits,
     "translation": _translation,
+    "front": _front,
 }
