@@ -43,7 +43,6 @@ NEED_FLAX = [
     "tests/test_docs.py",
     "tests/test_flax.py",
     "tests/test_readme.py",
-    "tests/test_recipes.py",
 ]
 
 

@@ -12,9 +12,10 @@ import pytest
 
 import optax_sam
 
-RECIPES = documents.python("docs/recipes.md")
-IN_PARTS = RECIPES["A batch that does not fit into memory"]
-FLOAT16 = RECIPES["float16 with a loss scale"]
+IN_PARTS = documents.python("docs/recipes/accumulation.md")[
+    "A batch that does not fit into memory"
+]
+FLOAT16 = documents.python("docs/recipes/precision.md")["float16 with a loss scale"]
 PROBLEM = problems.perceptron()
 METHODS = {
     "sam": lambda base: optax_sam.sam(base, 0.1),
