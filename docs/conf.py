@@ -31,7 +31,8 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # Docstrings say more: shapes, dtypes, units.
@@ -44,6 +45,7 @@ html_title = "optax_sam"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # It is fetched, which a page in a file may not do.
 html_math_renderer = "mathml"
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
@@ -75,25 +77,25 @@ def place_links(text, file):
             target = f"{target}/README.md"
         if target in INCLUDED:
             target = f"docs/{INCLUDED[target]}"
+        if not (ROOT / target).exists():
+            return link[0]  # Sphinx warns of it.
         is_page = target.endswith(".md") and not target.startswith("docs/")
         if is_page or (ROOT / target).is_dir():
             return label
-        if (ROOT / target).is_file():
-            path = os.path.relpath(target, folder)
-        return f"[{label}]({path}{anchor})"
+        return f"[{label}]({os.path.relpath(target, folder)}{anchor})"
 
     return re.sub(r"\[([^][]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)", place, text)
 
 
 def navigation(text):
-    """The pages that the lists of an index lead to, as tables of contents."""
+    """What the lists and tables of an index lead to, as tables of contents."""
     _, *sections = re.split(r"^## *(.*)\n", f"##\n{text}", flags=re.MULTILINE)
     for caption, section in zip(sections[::2], sections[1::2], strict=True):
-        links = re.findall(r"^- \[(.*?)\]\(([^)#]*)\.md\)", section, re.MULTILINE)
-        if links:
+        pages = re.findall(r"^[-|] \[.*?\]\(([^)#]*)\.md\)", section, re.MULTILINE)
+        if pages:
             options = [":hidden:", f":caption: {caption}" if caption else ""]
-            pages = [f"{label} <{page}>" for label, page in links]
-            yield "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])
+            lines = ["```{toctree}", *options, "", *dict.fromkeys(pages), "```"]
+            yield "\n".join(["", *lines, ""])
 
 
 def read_source(app, docname, content):
