@@ -24,12 +24,15 @@ def problem_of(scope):
     return problems.Problem(scope["params"], scope["loss_fn"], scope["batch"])
 
 
-def sam_by_hand(base, base_state, problem, rho, steps):
+def sam_by_hand(base, base_state, problem, rho, steps, *, adaptive=False):
     """Parameters and the base's state after some steps, without the library."""
     for _ in range(steps):
         params, grads = problem.params, problems.gradient(problem)
-        scale = rho / problems.norm(grads)
-        displaced = jax.tree.map(lambda w, g, s=scale: w + s * g, params, grads)
+        sizes = jax.tree.map(lambda w: abs(w) if adaptive else 1.0, params)
+        scale = rho / problems.norm(jax.tree.map(jnp.multiply, sizes, grads))
+        displaced = jax.tree.map(
+            lambda w, t, g, s=scale: w + s * t**2 * g, params, sizes, grads
+        )
         grads = problems.gradient(problem._replace(params=displaced))
         updates, base_state = base.update(grads, base_state, params)
         problem = problem._replace(params=optax.apply_updates(params, updates))
@@ -375,6 +378,18 @@ def test_other_arguments_of_contrib():
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+@pytest.mark.full
+def test_the_classes_of_pytorch():
+    """Ten steps of `adaptive=True`, with clipping, weight decay and a schedule."""
+    start = documents.run(documents.TUTORIAL, "Flax linen")
+    scope = documents.run("docs/migrating.md", "From PyTorch")
+    problem, base = problem_of(start), scope["base"]
+    expected, _ = sam_by_hand(
+        base, base.init(problem.params), problem, 0.5, 10, adaptive=True
+    )
+    problems.assert_trees_close(scope["params"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.full
