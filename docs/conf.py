@@ -88,13 +88,13 @@ def place_links(text, file):
 
 
 def navigation(text):
-    """What the lists and tables of an index lead to, as tables of contents."""
+    """The pages that the lists of an index lead to, as tables of contents."""
     _, *sections = re.split(r"^## *(.*)\n", f"##\n{text}", flags=re.MULTILINE)
     for caption, section in zip(sections[::2], sections[1::2], strict=True):
-        pages = re.findall(r"^[-|] \[.*?\]\(([^)#]*)\.md\)", section, re.MULTILINE)
+        pages = re.findall(r"^- \[.*?\]\(([^)#]*)\.md\)", section, re.MULTILINE)
         if pages:
             options = [":hidden:", f":caption: {caption}" if caption else ""]
-            lines = ["```{toctree}", *options, "", *dict.fromkeys(pages), "```"]
+            lines = ["```{toctree}", *options, "", *pages, "```"]
             yield "\n".join(["", *lines, ""])
 
 
