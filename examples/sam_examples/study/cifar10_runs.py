@@ -37,7 +37,7 @@ def _rates(*rates: float, **others: Any) -> tuple[Values, ...]:
 
 NOISE, THETA, SPARSE, REWEIGHT = "noise", "theta", "sparse", "reweight"
 PRICE, COMBINE, TRANSFER, ALPHA = "price", "combine", "transfer", "alpha"
-WHEN = "when"
+WHEN, FARTHER = "when", "farther"
 QUESTIONS: Mapping[str, str] = {
     NOISE: "SAM against SGD and AdamW, over label noise",
     THETA: "VaSSO over theta",
@@ -45,6 +45,7 @@ QUESTIONS: Mapping[str, str] = {
     REWEIGHT: "RW-SAM and m-SAM",
     PRICE: "What costs less than SAM",
     COMBINE: "Combinations",
+    FARTHER: "Larger radii, where the largest had been the best",
     TRANSFER: "Whether rho goes over to a wider network",
     WHEN: "A training that cannot fit its labels",
     ALPHA: "LookSAM over alpha",
@@ -287,6 +288,40 @@ _COMBINED = (
     ),
 )
 _PARTS = (SGD, SAM, _THETAS[1], _masked(0.5)[0], _REWEIGHTED[0], _MOMENTUM_SAM)
+_FAR_OFF = (
+    _small(
+        "RW-SAM, strength 1, farther",
+        "rw_sam",
+        *grid(0.4, 0.6, 0.9, 1.3, strength=1.0, **_SLOPES),
+    ),
+    _small(
+        "RW-SAM, strength 0.3, farther",
+        "rw_sam",
+        *grid(0.4, 0.5, 0.6, 0.9, strength=0.3, **_SLOPES),
+    ),
+    _small("Momentum-SAM, farther", "momentum_sam", *grid(5.0, 6.0, 8.0, 12.0)),
+    _small(
+        "Momentum-SAM, first block, farther",
+        "momentum_sam",
+        *grid(6.0, 8.0, 12.0, 16.0, perturb=FIRST_BLOCK),
+    ),
+    _small(
+        "LookSAM-5, farther",
+        "look_sam",
+        *grid(0.5, 0.6, 0.8, 1.2, every=5, alpha=0.1),
+    ),
+    _small("SAM, every 2nd step, farther", "every", *grid(0.5, 0.6, 0.8, 1.2, k=2)),
+    _small(
+        "static: first block, farther",
+        "sam",
+        *grid(0.4, 0.6, 0.8, 1.2, perturb=FIRST_BLOCK),
+    ),
+    _small(
+        "dynamic, 90 %, farther",
+        "dynamic_sparse_sam",
+        *grid(1.8, 2.5, 3.5, 5.0, sparsity=0.9),
+    ),
+)
 _AT_40 = (0.4,)
 _BY_WORTH: Sequence[Group] = (
     Group(NOISE, _BASICS, _AT_40),
@@ -296,6 +331,7 @@ _BY_WORTH: Sequence[Group] = (
     Group(NOISE, _BASICS),
     Group(SPARSE, (SGD, SAM, *_masked(0.5), *_masked(0.9), *_STATIC), _AT_40),
     Group(COMBINE, (*_PARTS, *_COMBINED), _AT_40),
+    Group(FARTHER, _FAR_OFF, _AT_40),
     Group(NOISE, _BASICS, (0.8,)),
     Group(SPARSE, _PATTERNS, _AT_40),
     Group(PRICE, _TWO_GRADIENTS, _AT_40),
