@@ -47,6 +47,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_search_summary = False  # It is fetched, which a page in a file may not do.
 html_math_renderer = "mathml"
+pygments_style, pygments_dark_style = "default", "monokai"
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
