@@ -15,7 +15,6 @@ import optax_sam
 
 # What a reader needs first; the code of other pages runs in the full tier.
 FIRST_PAGES = {documents.TUTORIAL, "docs/choosing.md"}
-README = documents.python("README.md")
 
 
 @pytest.mark.parametrize(
@@ -65,14 +64,8 @@ def test_adding_a_method():
         scope["sign_sam"](base, rho=-1.0)
 
 
-def after_the_quickstart(page, heading):
-    scope = {}
-    exec(README["Flax linen"] + documents.python(page)[heading], scope)
-    return scope
-
-
 def test_shard_map():
-    scope = after_the_quickstart("docs/devices.md", "Inside `shard_map` and `pmap`")
+    scope = documents.run("docs/devices.md", "Inside `shard_map` and `pmap`")
     inputs = scope["params"], scope["opt_state"], scope["batch"]
     assert len(jax.devices()) > 1
     alone = optax_sam.value_and_update(scope["loss_fn"], scope["tx"])(*inputs)
@@ -114,9 +107,7 @@ def test_copies_differ_where_the_axis_was_forgotten(by):
 
 @pytest.mark.full
 def test_pmap():
-    scope = after_the_quickstart(
-        "docs/devices.md", "With `pmap`, state and batch statistics"
-    )
+    scope = documents.run("docs/devices.md", "With `pmap`, state and batch statistics")
     assert scope["devices"] > 1
     for x in jax.tree.leaves(scope["state"]):
         np.testing.assert_array_equal(x, np.stack([x[0]] * scope["devices"]))
