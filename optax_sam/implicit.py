@@ -18,6 +18,7 @@ The products can be differentiated backward only: `jax.jvp` refuses them, as it 
 every `jax.custom_vjp`. This module needs Flax, and the rest of the package does not.
 """
 
+import abc
 import dataclasses
 import inspect
 import math
@@ -58,7 +59,7 @@ class _Features(NamedTuple):
     grouped: bool  # Whether leaving some out breaks up the groups of a convolution.
 
 
-class _Backward:
+class _Backward(abc.ABC):
     """A rule for the backward of products, and the products that follow it."""
 
     @property
@@ -71,10 +72,11 @@ class _Backward:
         """`jax.lax.conv_general_dilated` with this backward."""
         return _ConvGeneralDilated(self)
 
+    @abc.abstractmethod
     def _multiply(
         self, product: _Product, lhs: Any, rhs: Any, features: _Features | None
     ) -> jax.Array:
-        raise NotImplementedError
+        """The product, whose output features are of `features` where it has any."""
 
 
 # Objects rather than closures: NNX keeps them in its graph definitions, which jit

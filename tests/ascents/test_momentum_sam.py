@@ -112,6 +112,13 @@ def test_the_perturbation_is_minus_the_momentum_of(name):
     assert np.any(epsilon["b0"]) == (name not in ("none of biases", "masked"))
 
 
+def keeps(trace):
+    """A base whose trace is another tree than the parameters."""
+    return optax.GradientTransformation(
+        lambda params: optax.TraceState(trace), lambda *args: args[:2]
+    )
+
+
 NO_MOMENTUM = r"base must keep a tree like params.*optax\.sgd\(0\.1, momentum=0\.9\)"
 UPDATES = r"base must accumulate gradients.*got -.*put the trace before"
 
@@ -125,6 +132,7 @@ UPDATES = r"base must accumulate gradients.*got -.*put the trace before"
         (optax.adafactor(1e-3), NO_MOMENTUM),
         (optax.noisy_sgd(0.1, key=0), NO_MOMENTUM),
         (optax.sm3(0.1), NO_MOMENTUM),  # Its mu is made of lists.
+        (keeps({"of other names": np.zeros(3)}), NO_MOMENTUM),
         (optax.chain(optax.scale(-0.1), optax.trace(0.9)), UPDATES),
         (optax.lars(0.1), UPDATES),
         (optax.rmsprop(0.1, momentum=0.9), UPDATES),

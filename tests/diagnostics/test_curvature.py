@@ -230,6 +230,8 @@ def test_arguments_that_are_refused():
         diagnostics.hessian_trace(*at, num_probes=0, key=0)
     with pytest.raises(TypeError, match="spectral_density: key must be"):
         diagnostics.spectral_density(*at, key=0.5)
+    with pytest.raises(ValueError, match=r"no parameters has no spectrum, got \{\};"):
+        diagnostics.spectral_density(loss_fn, {}, batch, key=0)
     integer = params | {"a": jnp.zeros((2, 3), int)}
     with pytest.raises(TypeError, match=r"params\['a'\] has dtype int32"):
         diagnostics.hessian_trace(loss_fn, integer, batch, key=0)

@@ -68,6 +68,9 @@ def test_functions_that_can_be_called_are():
 def test_a_type_error_inside_the_loss_stays_what_it_is():
     with pytest.raises(TypeError, match="unsupported operand"):
         update(loss_fn=lambda params, batch: params["w"] + "text", batch=jnp.ones(4))
+    # A builtin, of which nobody knows how it can be called.
+    with pytest.raises(TypeError, match=r"^attribute name must be string"):
+        update(loss_fn=getattr, batch=jnp.ones(4))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,20 @@ def test_where_a_state_does_not_fit(state, message):
             PARAMS, state, jnp.ones(4)
         )
     assert len(str(caught.value)) < 350
+
+
+def test_a_state_that_differs_in_what_is_no_array():
+    def base(schedule):
+        count = jax.tree_util.Partial(schedule, jnp.zeros(()))
+        return optax.GradientTransformation(
+            lambda params: count,
+            lambda updates, state, params=None: (updates, state.func(updates)),
+        )
+
+    state = base(jnp.sin).init(PARAMS)
+    message = r"opt_state must be Partial\(.*\), got Partial\("
+    with pytest.raises(TypeError, match=message):
+        optax_sam.value_and_update(losses, base(len))(PARAMS, state, jnp.ones(4))
 
 
 def test_the_state_of_a_base_goes_on_as_the_message_says():

@@ -185,6 +185,7 @@ def test_nnx_masks(form):
 
 def test_nnx_layers_without_a_mask_stay_dense():
     masks = {"layers": {5: {"kernel": np.ones([6, 4], bool), "bias": True}}}
+    masks["layers"][0] = {"kernel": optax.MaskedNode()}
     sparse = implicit.sparsify(nnx_network(), masks)
     assert [getattr(sparse.layers[i], name) for i, name in LAYERS.items()] == [
         lax.conv_general_dilated,
