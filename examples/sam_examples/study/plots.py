@@ -75,8 +75,10 @@ def sparsity(book: Book, path: Path) -> None:
     for index, name in enumerate(("SAM", "SGD"), start=3):
         _band(left, book.entry("small", 0.4, name), index, name)
     _finish(left, "Masks of weights", "Share of the weights left alone")
-    names = ("SGD", "SAM", "static: first block", "static: last block")
-    names += ("implicit, half of the channels", "implicit, a quarter of the channels")
+    names = [
+        *("SGD", "SAM", "static: first block", "static: last block"),
+        *("implicit, half of the channels", "implicit, a quarter of the channels"),
+    ]
     _points(right, book, "small", 0.4, names, numbered=True)
     _finish(right, "Masks known to the compiler", "Time of a step / SGD's")
     left.legend(frameon=False, fontsize=8)
@@ -223,8 +225,8 @@ def _band(
 ) -> None:
     """A horizontal line, and a deviation around it."""
     values = figures(entry)
-    color, mean = COLORS[index % len(COLORS)], np.mean(values)
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    color, mean = COLORS[index % len(COLORS)], float(np.mean(values))
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     axes.axhline(mean, color=color, linestyle=STYLES[index % len(STYLES)], label=label)
     axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
 
