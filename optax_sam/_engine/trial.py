@@ -69,7 +69,9 @@ def _check_is_plain(owner: str, name: str, state: optax.OptState) -> None:
             f"{name} must not be sharpness-aware itself, as its state says",
             type(found).__name__,
             "pass the optimizer that is in it as base, and "
-            "optax_sam.scale_to_radius(rho) as ascent, which optax_sam.sam does",
+            "optax_sam.scale_to_radius(rho) as ascent, which optax_sam.sam does; to "
+            "combine methods, chain their ascents, sharpness_aware(base, optax.chain("
+            "...))",
         )
 
 
@@ -95,7 +97,8 @@ def _check_ascent(owner: str, are_own: bool, along: _Moves, against: _Moves) -> 
             float(np.mean(along[downhill[0]])),
             "an optimizer leads downhill, and belongs first, in sharpness_aware(base, "
             "ascent); pass optax_sam.scale_to_radius(rho) as ascent, also for the "
-            "adversary optax.sgd(rho) of optax.contrib.sam",
+            "adversary chain(normalize(), sgd(rho)) of optax.contrib.sam, and "
+            "optax.scale(rho) for sgd(rho) alone",
         )
     moves = zip(_SLOPES, (along, against), strict=True)
     raw = all(np.all(e == g) for g, found in moves for e in found.values())
