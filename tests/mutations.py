@@ -143,6 +143,11 @@ MUTANTS = [
         "tests/descents/test_functional_sam.py",
         ("self.derivative or own", "own"),
         ("size=size, derivative=None", "size=size"),
+        (
+            'and "required positional arg" in str(error)',
+            "",
+            "tests/engine/test_protocol.py -k such_note",
+        ),
     ),
     *mutants(
         "_engine/groups.py",

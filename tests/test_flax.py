@@ -588,6 +588,16 @@ def test_an_optimizer_of_something_else_is_refused():
             step(model, wrong, jnp.ones((4, 3)))
 
 
+def test_a_forgotten_batch_is_told_of():
+    model = Classifier(rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, base(), wrt=nnx.Param)
+    step = nnx_value_and_update(mnist_loss_fn, has_aux=True)
+    with pytest.raises(TypeError, match="missing 1 required positional arg") as caught:
+        step(model, optimizer, nnx.Rngs(1))
+    message = "nnx_value_and_update: the step got no batch"
+    assert any(message in note for note in caught.value.__notes__)
+
+
 def test_messages_lead_to_the_step_of_the_model():
     model, x = Stochastic(), jnp.ones((4, 3))
     tx = optax_sam.sam(base(), 0.1)

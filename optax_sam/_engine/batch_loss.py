@@ -179,6 +179,13 @@ class BatchLoss:
                 "only its first argument after params is cut. Pass all that belongs to "
                 "the examples in it, as one batch such as (x, y)."
             )
+        # Python's own words for a call with too few arguments.
+        if not jax.tree.leaves(batch) and "required positional arg" in str(error):
+            error.add_note(
+                f"{owner}: the step got no batch, or one without arrays, for "
+                f"{self.name}; call step(params, opt_state, batch), or step(model, "
+                "optimizer, batch) with NNX."
+            )
         kind = type(params)
         if kind.__module__.startswith("flax.nnx") and kind.__name__ in str(error):
             error.add_note(

@@ -187,6 +187,33 @@ def test_a_failing_loss_fails_as_it_does():
         update(loss_fn=fails, batch=1.0)
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        losses,
+        lambda params, batch, key: losses(params, batch),
+        optax_sam.functional_loss(losses, lambda outputs, batch: outputs),
+    ],
+)
+@pytest.mark.parametrize("tx", [TX, optax.sgd(0.1)])
+def test_a_forgotten_batch_is_told_of(tx, loss_fn):
+    with pytest.raises(TypeError, match=r"missing . required positional arg") as caught:
+        optax_sam.value_and_update(loss_fn, tx)(PARAMS, tx.init(PARAMS))
+    (note,) = [x for x in caught.value.__notes__ if "no batch" in x]
+    assert note.startswith("value_and_update: the step got no batch, or one without")
+    assert "call step(params, opt_state, batch), or" in note
+
+
+def test_other_type_errors_have_no_such_note():
+    def fails(params):
+        return params["w"] + "text"
+
+    for loss_fn, batch in [(fails, ()), (lambda params, x, y: x, (jnp.ones(4),))]:
+        with pytest.raises(TypeError) as caught:
+            optax_sam.value_and_update(loss_fn, TX)(PARAMS, TX.init(PARAMS), *batch)
+        assert not any("no batch" in x for x in getattr(caught.value, "__notes__", ()))
+
+
 def test_gradients_in_a_tuple():
     def loss(params):
         return jnp.sum(losses(params, jnp.ones(4)))
