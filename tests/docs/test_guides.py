@@ -117,6 +117,16 @@ def test_weight_decay_pulls_the_parameters_as_they_are():
 
 
 @pytest.mark.full
+def test_statistics_and_dropout_together():
+    heading = "Batch normalisation and dropout together"
+    scope = documents.run("docs/recipes/regularisation.md", heading)
+    assert scope["loss"] < 1.0  # From about log(10) = 2.3.
+    problems.assert_trees_differ(
+        scope["batch_stats"], scope["variables"]["batch_stats"]
+    )
+
+
+@pytest.mark.full
 def test_hyperparameters_that_the_loop_changes():
     scope = documents.run("docs/recipes/schedules.md")
     params, problem = scope["params"], problem_of(scope)
