@@ -1,5 +1,6 @@
 """The tutorial, the recipes and what else guides a user do what is said of them."""
 
+import tomllib
 import warnings
 
 import documents
@@ -37,6 +38,18 @@ def sam_by_hand(base, base_state, problem, rho, steps, *, adaptive=False):
         updates, base_state = base.update(grads, base_state, params)
         problem = problem._replace(params=optax.apply_updates(params, updates))
     return problem.params, base_state
+
+
+@pytest.mark.parametrize("page", ["docs/index.md", documents.TUTORIAL])
+def test_how_to_install_names_what_is_needed(page):
+    text = " ".join((documents.ROOT / page).read_text().split())
+    project = tomllib.loads((documents.ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["flax"]]
+    needed.append(f"Python{project['requires-python']}")
+    for requirement in needed:
+        if not requirement.startswith("chex"):  # No user asks for it.
+            assert requirement.replace(">=", " ") in text
+    assert f"optax_sam-{optax_sam.__version__}-py3-none-any.whl[flax]" in text
 
 
 def test_the_library_tells_of_three_mistakes():
