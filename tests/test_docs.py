@@ -1,6 +1,7 @@
 """The code of the pages in docs/ runs, and no page has a link that leads nowhere."""
 
 import os.path
+import re
 
 import documents
 import jax.numpy as jnp
@@ -34,6 +35,15 @@ def test_links_lead_somewhere(page):
         if anchor:
             assert target in documents.PAGES, link
             assert anchor in documents.anchors(target), link
+
+
+# What a page was to be filled in at, and tables to be made that were not.
+LEFTOVER = re.compile(r"^[A-Z][A-Z0-9-]{3,}$|<!--[^>]*-->\s*<!-- / -->", re.M)
+
+
+@pytest.mark.parametrize("page", documents.PAGES)
+def test_nothing_is_left_to_be_filled_in(page):
+    assert not LEFTOVER.findall((documents.ROOT / page).read_text())
 
 
 def test_anchors_are_those_of_github():
