@@ -45,7 +45,7 @@ QUESTIONS: Mapping[str, str] = {
     REWEIGHT: "RW-SAM and m-SAM",
     PRICE: "What costs less than SAM",
     COMBINE: "Combinations",
-    FARTHER: "Larger radii, where the largest had been the best",
+    FARTHER: "Further radii",
     TRANSFER: "Whether rho goes over to a wider network",
     WHEN: "A training that cannot fit its labels",
     ALPHA: "LookSAM over alpha",
@@ -289,6 +289,8 @@ _COMBINED = (
 )
 _PARTS = (SGD, SAM, _THETAS[1], _masked(0.5)[0], _REWEIGHTED[0], _MOMENTUM_SAM)
 _FAR_OFF = (
+    # Whose best had worse neighbours on both sides: between them.
+    _small("SAM, finer", "sam", *grid(0.25, 0.15, 0.22, 0.18)),
     _small(
         "RW-SAM, strength 1, farther",
         "rw_sam",
