@@ -52,6 +52,7 @@ def price(book: Book, path: Path) -> None:
         for entry in book.entries("small", PRICE)
         if entry.contestant.label not in drawn
     ]
+    others += ["SAM, every 2nd step, farther", "Momentum-SAM, first block, farther"]
     _points(axes, book, "small", 0.4, others)
     title = "Small setting, 40 % of the labels wrong"
     _finish(axes, title, "Time of the training / SGD's of 24 epochs", log=True)
@@ -99,7 +100,7 @@ def micro_batches(book: Book, path: Path) -> None:
     chosen = [entries[m] for m in sizes]
     _errorbar(left, sizes, chosen, 0, "m-SAM")
     _errorbar(right, sizes, chosen, 0, "m-SAM", _covariance)
-    for index, name in enumerate(("RW-SAM, strength 1", "SGD"), start=1):
+    for index, name in enumerate(("RW-SAM, strength 0.3, farther", "SGD"), start=1):
         entry = book.entry("small", 0.4, name)
         _band(left, entry, index, name)
         _band(right, entry, index, name, _covariance)
