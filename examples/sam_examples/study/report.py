@@ -215,6 +215,9 @@ def _value(book: Book, setting: str, noise: str, label: str, name: str) -> str:
     return _COLUMNS[name](book, setting, book.entry(setting, float(noise), label))
 
 
+_LITTLE = 0.05  # What has no shares, as no larger than the spread of seeds.
+
+
 def _digits(book: Book, *names: str) -> str:
     """Rho, test accuracy and the gain over SGD in that of SAM, and steps' times."""
     first = book.digits(names[0])
@@ -224,12 +227,18 @@ def _digits(book: Book, *names: str) -> str:
         for width, ratios in book.digits(name)["times"].items()
     }
     base, top = (np.mean(first["rows"][name]["test"]) for name in ("SGD", "SAM"))
+
+    def gain(row: Mapping[str, Any]) -> Row:
+        if top - base < _LITTLE:
+            return {}
+        return {"gain": f"{100 * (np.mean(row['test']) - base) / (top - base):.0f}"}
+
     rows = [
         {
             "configuration": label,
             "rho": f"{row['rho']:g}" if row["rho"] else "",
             "test": _percent(row["test"]),
-            "gain": f"{100 * (np.mean(row['test']) - base) / (top - base):.0f}",
+            **gain(row),
             **{
                 f"step / SGD's, width {width}": f"{ratios[label]:.2f}"
                 for width, ratios in times.items()
