@@ -300,10 +300,10 @@ _FRONT = (
         ("dynamic, 50 %", "dynamic, 90 %", "dynamic, 90 %, farther"),
     ),
     _Line(
-        "Sparse SAM, first layers",
+        "Sparse SAM, first block",
         "sparse_sam",
         "chain(perturb_only(mask), scale_to_radius(rho))",
-        "1.4 to 2",
+        "1.8",
         ("static: first block", "static: first block, farther"),
     ),
     _Line(
@@ -317,7 +317,7 @@ _FRONT = (
         "RW-SAM",
         "rw_sam",
         "rw_sam(base, rho, strength)",
-        "2.3",
+        "2.3 to 2.7",
         tuple(
             f"RW-SAM, strength {strength}"
             for strength in ("0.3", "1", "3", "0.3, farther", "1, farther")
@@ -354,7 +354,7 @@ _FRONT = (
         ("Momentum-SAM", "Momentum-SAM, farther"),
     ),
     _Line(
-        "Momentum-SAM, first layers",
+        "Momentum-SAM, first block",
         "momentum_sam",
         "chain(perturb_only(mask), follow_momentum(rho))",
         "1",
