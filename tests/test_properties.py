@@ -313,6 +313,17 @@ def cases(draw, chain, **fixed):
     return Case(chain, draw(seed), draw(size), Hyperparameters(**h))
 
 
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Frees the programs of a test.
+
+    With eight devices each takes a dozen memory maps, of which Linux lets a process
+    have 65,530; XLA crashes where it cannot have another.
+    """
+    yield
+    jax.clear_caches()
+
+
 def train(program, case):
     """The parameters before, value, updates, perturbation and state of every step."""
     params, opt_state = case.params, program.init(case.params)
