@@ -1,7 +1,6 @@
 """The runs on CIFAR-10, which grow by as many as the minutes allow."""
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from sam_examples.data import load_cifar10
 from sam_examples.settings.command_line import one_line_errors, require
 from sam_examples.study.cifar10 import Recipe
 from sam_examples.study.cifar10_runs import QUESTIONS, SETTINGS
-from sam_examples.study.contestants import Group
-from sam_examples.study.growth import Watch, grow
-from sam_examples.study.ledger import Ledger, file_name, print_summary, times_path
+from sam_examples.study.contestants import Group, distinct
+from sam_examples.study.growth import Watch, report
+from sam_examples.study.ledger import Ledger, print_summary, times_path
 from sam_examples.study.step_times import time_steps
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,15 +97,12 @@ def work(options: Options, out: Path, watch: Watch) -> None:
     )
     trainer = SETTINGS[options.setting].trainer(dataset, recipe)
     if options.time_rounds:
-        time_steps(trainer, groups, options.time_rounds, recipe, times_path(out))
+        everything = SETTINGS[options.setting].groups
+        labels = distinct(c.label for group in groups for c in group.contestants)
+        path = times_path(out)
+        time_steps(trainer, everything, options.time_rounds, recipe, path, labels)
         return
-    for run in itertools.islice(grow(ledger, trainer, watch), options.at_most):
-        result = ledger.results[run]
-        print(
-            f"{file_name(run)}: {100 * result['valid']:.2f} % held out, "
-            f"{100 * result['test']:.2f} % test, {result['seconds']:.1f} s",
-            flush=True,
-        )
+    report(ledger, trainer, watch, options.at_most)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """A ledger of runs that learn to translate, by AdamW and sharpness-aware methods."""
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ if not __package__:  # Run as a script, which leaves examples/ off the path.
 
 from sam_examples.data.parallel_text import load_parallel_text
 from sam_examples.settings.command_line import one_line_errors, require
-from sam_examples.study.growth import Watch, grow
-from sam_examples.study.ledger import file_name, print_summary, times_path
+from sam_examples.study.growth import Watch, report
+from sam_examples.study.ledger import print_summary, times_path
 from sam_examples.study.step_times import time_steps
 from sam_examples.study.translation import Recipe, Trainer, TranslationLedger
 from sam_examples.study.translation_runs import GROUPS
@@ -83,18 +82,7 @@ def train(options: Options, watch: Watch) -> None:
         return
     groups = GROUPS[::-1] if options.backwards else GROUPS
     ledger = TranslationLedger(options.out, recipe, groups)
-    runs = grow(ledger, trainer, watch)
-    for run in itertools.islice(runs, options.at_most):
-        result = ledger.results[run]
-        bleu = ", ".join(
-            f"{name} {figures['bleu']:.2f}"
-            for name, figures in result["quality"].items()
-        )
-        print(
-            f"{file_name(run)}: loss {result['valid_loss']:.4f}, BLEU {bleu}, "
-            f"{result['seconds']:.0f} s",
-            flush=True,
-        )
+    report(ledger, trainer, watch, options.at_most)
 
 
 if __name__ == "__main__":

@@ -275,9 +275,11 @@ def test_curvature_and_noise_are_those_of_the_final_parameters(data_dir):
 @pytest.mark.full
 def test_steps_are_timed_in_turns(tmp_path, data_dir, monkeypatch, capsys):
     longer = dataclasses.replace(SGD, label="SGD, longer", epochs=2)
-    few(monkeypatch, SGD, longer, SAM)
+    asam = dataclasses.replace(SAM, label="ASAM", method="asam")
+    few(monkeypatch, SGD, longer, SAM, asam)
     arguments = options(data_dir, tmp_path / "runs")
-    script.main([*arguments, "--time-rounds", "2"])
+    # The base, which times are over, is timed as well.
+    script.main([*arguments, "--time-rounds", "2", "--only", "SAM"])
     times = json.loads((tmp_path / "runs-steps.json").read_text())
     assert times["over_base"].keys() == {"SGD", "SGD, longer", "SAM"}
     assert times["over_base"]["SGD"] == times["over_base"]["SGD, longer"] == 1

@@ -1,6 +1,7 @@
 """How a ledger grows: by the runs that it lacks, as many as the time allows."""
 
 import functools
+import itertools
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ import jax
 from sam_examples.benchmarking.together import together
 from sam_examples.settings.command_line import versions
 from sam_examples.study.contestants import Run
-from sam_examples.study.ledger import Ledger
+from sam_examples.study.ledger import Ledger, file_name
 
 AT_ONCE = 8  # Programs compiled side by side.
 
@@ -83,6 +84,16 @@ def grow(ledger: Ledger, trainer: Trainer, watch: Watch) -> Iterator[Run]:
         watch.note(kind, outcome.seconds, run.epochs)
         ledger.add(run, figures(outcome))
         yield run
+
+
+def report(
+    ledger: Ledger, trainer: Trainer, watch: Watch, at_most: int | None = None
+) -> None:
+    """Adds runs, at most so many if that is given, and prints a line of each."""
+    for run in itertools.islice(grow(ledger, trainer, watch), at_most):
+        result = ledger.results[run]
+        line = f"{file_name(run)}: {ledger.line(result)}, {result['seconds']:.0f} s"
+        print(line, flush=True)
 
 
 def compile_next(ledger: Ledger, trainer: Trainer, failed: set[Any]) -> set[Any]:

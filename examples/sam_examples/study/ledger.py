@@ -133,6 +133,12 @@ class Ledger:
         """What hyperparameters are chosen by: accuracy on the held-out split."""
         return float(result["valid"])
 
+    def line(self, result: Mapping[str, Any]) -> str:
+        """What a run came to, in a few words."""
+        return (
+            f"{100 * result['valid']:.2f} % held out, {100 * result['test']:.2f} % test"
+        )
+
     def missing(self) -> Iterator[Run]:
         """The runs that are not there, in order of worth."""
         self.read()

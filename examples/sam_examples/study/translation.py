@@ -202,6 +202,14 @@ class TranslationLedger(Ledger):
         """The held-out loss, of which less is better."""
         return -float(result["valid_loss"])
 
+    def line(self, result: Mapping[str, Any]) -> str:
+        """Held-out loss, and BLEU on all sets."""
+        bleu = ", ".join(
+            f"{name} {figures['bleu']:.2f}"
+            for name, figures in result["quality"].items()
+        )
+        return f"loss {result['valid_loss']:.4f}, BLEU {bleu}"
+
     def columns(self, entry: Summary) -> dict[str, str]:
         """Held-out loss, BLEU on all sets, and times over AdamW's."""
         results = entry.results
