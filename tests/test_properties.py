@@ -426,7 +426,11 @@ def test_a_step_of_any_chain(chain, data):
     assert program.step._cache_size() == 1
 
 
-@pytest.mark.parametrize("chain", in_default_tier(CHAINS, SOME_CHAINS[2:4]))
+# Pairs of links, and the longest chains: those of three have nothing that these lack.
+FEWER_CHAINS = [chain for chain in CHAINS if chain.count(" ") != 2]
+
+
+@pytest.mark.parametrize("chain", in_default_tier(FEWER_CHAINS, SOME_CHAINS[2:4]))
 @given(data=st.data(), factor=st.sampled_from([0.0] + [2.0**i for i in range(-6, 7)]))
 def test_a_factor_of_the_loss_does_not_change_the_perturbation(chain, data, factor):
     case = data.draw(cases(chain))
@@ -447,7 +451,7 @@ def test_a_factor_of_the_loss_does_not_change_the_perturbation(chain, data, fact
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, after)))
 
 
-NEUTRAL_CHAINS = [chain for chain in CHAINS if " " in chain]
+NEUTRAL_CHAINS = [chain for chain in FEWER_CHAINS if " " in chain]
 NEUTRAL_DEFAULT = ("static reweight average radius", "adapt fisher")
 
 
