@@ -164,6 +164,7 @@ def _sam(label: str, epochs: int) -> Contestant:
 
 
 SGD, SAM = _sgd("SGD", _EPOCHS), _sam("SAM", _EPOCHS)
+_EARLY = _sgd("SGD, a quarter as long", _EPOCHS // 4)
 _ADAMW = Contestant(
     "AdamW",
     "sgd",
@@ -177,13 +178,30 @@ _BASICS = (
     SGD,
     SAM,
     _ADAMW,
-    _sgd("SGD, a quarter as long", _EPOCHS // 4),
+    _EARLY,
     _sgd("SGD, half as long", _EPOCHS // 2),
     _sgd("SGD, twice as long", 2 * _EPOCHS),
     _sam("SAM, a quarter as long", _EPOCHS // 4),
     _sam("SAM, half as long", _EPOCHS // 2),
 )
 _MOMENTUM_SAM = _small("Momentum-SAM", "momentum_sam", *grid(2.0, 1.0, 3.0, 4.0))
+_STATIC = (
+    _small("static: first block", "sam", *grid(*_RADII, perturb=FIRST_BLOCK)),
+    _small("static: last block", "sam", *grid(*_RADII, perturb=LAST_BLOCK)),
+)
+# Along the momentum of the first block: four radii, and four larger ones.
+_AHEAD_FIRST = (
+    _small(
+        "Momentum-SAM, first block",
+        "momentum_sam",
+        *grid(2.0, 1.0, 3.0, 4.0, perturb=FIRST_BLOCK),
+    ),
+    _small(
+        "Momentum-SAM, first block, farther",
+        "momentum_sam",
+        *grid(6.0, 8.0, 12.0, 16.0, perturb=FIRST_BLOCK),
+    ),
+)
 _CHEAP = (
     _MOMENTUM_SAM,
     _small(
@@ -196,8 +214,7 @@ _CHEAP = (
     _small("LookSAM-5", "look_sam", *grid(0.3, 0.2, 0.4, 0.1, every=5, alpha=0.1)),
     _small("SAM, every 2nd step", "every", *grid(0.3, 0.2, 0.4, 0.1, k=2)),
     _small("SAM, every 5th step", "every", *grid(0.3, 0.2, 0.4, 0.1, k=5)),
-    _small("static: first block", "sam", *grid(*_RADII, perturb=FIRST_BLOCK)),
-    _small("static: last block", "sam", *grid(*_RADII, perturb=LAST_BLOCK)),
+    *_STATIC,
 )
 _TWO_GRADIENTS = (
     _like_sam("GSAM", "gsam", alpha=0.1),
@@ -244,18 +261,21 @@ _LONGER = {
     0.9: (0.6, 0.4, 0.9, 1.3),
     0.99: (2.0, 1.0, 3.0, 0.6),
 }
+_NEVER = 10**9
 
 
-def _masked(sparsity: float) -> tuple[Contestant, ...]:
-    share = f"{100 * sparsity:g} %"
-    dynamic = grid(*_LONGER[sparsity], sparsity=sparsity)
-    never = tuple({**trial, "refresh_every": 10**9} for trial in dynamic)
+def _masked(
+    sparsity: float,
+    rhos: Sequence[float] | None = None,
+    rhos_by_fisher: Sequence[float] = (0.2, 0.3, 0.1, 0.4),
+    end: str = "",
+) -> tuple[Contestant, ...]:
+    share = f"{100 * sparsity:g} %{end}"
+    dynamic = grid(*(rhos or _LONGER[sparsity]), sparsity=sparsity)
+    never = tuple({**trial, "refresh_every": _NEVER} for trial in dynamic)
+    by_fisher = grid(*rhos_by_fisher, sparsity=sparsity)
     return (
-        _small(
-            f"Fisher, {share}",
-            "sparse_sam",
-            *grid(0.2, 0.3, 0.1, 0.4, sparsity=sparsity),
-        ),
+        _small(f"Fisher, {share}", "sparse_sam", *by_fisher),
         _small(f"dynamic, {share}", "dynamic_sparse_sam", *dynamic),
         _small(f"random, {share}", "dynamic_sparse_sam", *never),
     )
@@ -273,7 +293,6 @@ _PATTERNS = (
     _like_sam("implicit, half of the channels", "sam", implicit=0.5),
     _like_sam("implicit, a quarter of the channels", "sam", implicit=0.75),
 )
-_STATIC = _CHEAP[-2:]
 _COMBINED = (
     _small(
         "VaSSO + Sparse SAM",
@@ -281,13 +300,16 @@ _COMBINED = (
         *grid(0.2, 0.3, 0.1, 0.4, theta=0.4, sparsity=0.5),
     ),
     _like_sam("RW-SAM + VaSSO", "rw_sam+vasso", strength=1.0, theta=0.4, **_SLOPES),
-    _small(
-        "Momentum-SAM, first block",
-        "momentum_sam",
-        *grid(2.0, 1.0, 3.0, 4.0, perturb=FIRST_BLOCK),
-    ),
+    _AHEAD_FIRST[0],
 )
 _PARTS = (SGD, SAM, _THETAS[1], _masked(0.5)[0], _REWEIGHTED[0], _MOMENTUM_SAM)
+_RADII_AT_SGD_S = grid(*_RADII, learning_rate=1.0, weight_decay=2e-3)
+_FAR_STATIC = _small(
+    "static: first block, farther",
+    "sam",
+    *grid(0.4, 0.6, 0.8, 1.2, perturb=FIRST_BLOCK),
+)
+_FAR_AHEAD = _small("Momentum-SAM, farther", "momentum_sam", *grid(5.0, 6.0, 8.0, 12.0))
 _FAR_OFF = (
     # Whose best had worse neighbours on both sides: between them.
     _small("SAM, finer", "sam", *grid(0.25, 0.15, 0.22, 0.18)),
@@ -301,29 +323,49 @@ _FAR_OFF = (
         "rw_sam",
         *grid(0.4, 0.5, 0.6, 0.9, strength=0.3, **_SLOPES),
     ),
-    _small("Momentum-SAM, farther", "momentum_sam", *grid(5.0, 6.0, 8.0, 12.0)),
-    _small(
-        "Momentum-SAM, first block, farther",
-        "momentum_sam",
-        *grid(6.0, 8.0, 12.0, 16.0, perturb=FIRST_BLOCK),
-    ),
+    _FAR_AHEAD,
+    _AHEAD_FIRST[1],
     _small(
         "LookSAM-5, farther",
         "look_sam",
         *grid(0.5, 0.6, 0.8, 1.2, every=5, alpha=0.1),
     ),
     _small("SAM, every 2nd step, farther", "every", *grid(0.5, 0.6, 0.8, 1.2, k=2)),
+    _FAR_STATIC,
+    *_masked(0.8, (1.2, 1.6, 2.2, 3.0), (0.5, 0.6, 0.8, 1.2), end=", farther"),
+    *_masked(0.9, (1.8, 2.5, 3.5, 5.0), (0.6, 0.9, 1.3, 2.0), end=", farther"),
+    *_masked(0.99, (4.0, 6.0, 9.0, 14.0), (0.6, 0.9, 1.3, 2.0), end=", farther"),
+    *_masked(0.99, (20.0, 30.0, 45.0, 60.0), (3.0, 4.5, 7.0, 10.0), end=", farthest"),
+    _small("ASAM, farther", "asam", *grid(3.0, 4.0, 6.0, 8.0)),
+    _small("VaSSO, theta 0.2, farther", "vasso", *grid(0.4, 0.5, 0.6, 0.9, theta=0.2)),
     _small(
-        "static: first block, farther",
-        "sam",
-        *grid(0.4, 0.6, 0.8, 1.2, perturb=FIRST_BLOCK),
+        "RW-SAM + VaSSO, farther",
+        "rw_sam+vasso",
+        *grid(0.4, 0.6, 0.9, 1.3, strength=1.0, theta=0.4, **_SLOPES),
     ),
+    # At the learning rate and the weight decay that suit SGD best there.
+    _small("SAM, SGD's rate", "sam", *_RADII_AT_SGD_S),
     _small(
-        "dynamic, 90 %, farther",
-        "dynamic_sparse_sam",
-        *grid(1.8, 2.5, 3.5, 5.0, sparsity=0.9),
+        "static: first block, SGD's rate",
+        "sam",
+        *({**trial, "perturb": FIRST_BLOCK} for trial in _RADII_AT_SGD_S),
     ),
 )
+# Whose best radius with fewer wrong labels, or in fewer epochs, was at the end.
+_FARTHER = (0.4, 0.5, 0.6, 0.8)
+_FAR_SAM = _small("SAM, farther", "sam", *grid(*_FARTHER))
+_FAR_THETAS = tuple(
+    _small(f"VaSSO, theta {theta:g}, farther", "vasso", *grid(*_FARTHER, theta=theta))
+    for theta in (0.4, 0.9)
+)
+_NEAR_SAM = _small(
+    "SAM, a quarter as long, nearer",
+    "sam",
+    *grid(0.025, 0.035, 0.0125, 0.00625),
+    epochs=_EPOCHS // 4,
+)
+# What did best with 40 %, and whether it does elsewhere.
+_BEST = (_STATIC[0], *_AHEAD_FIRST)
 _AT_40 = (0.4,)
 _BY_WORTH: Sequence[Group] = (
     Group(NOISE, _BASICS, _AT_40),
@@ -341,6 +383,10 @@ _BY_WORTH: Sequence[Group] = (
     Group(SPARSE, (*_masked(0.99), *_masked(0.8)), _AT_40),
     Group(THETA, (SAM, *_THETAS)),
     Group(REWEIGHT, (SGD, SAM, *_REWEIGHTED[:1], *_MICRO), (0.8,)),
+    Group(NOISE, (_MOMENTUM_SAM, *_BEST), (0.0, 0.2, 0.4, 0.6, 0.8)),
+    Group(NOISE, (_NEAR_SAM,), (0.0, 0.2, 0.4, 0.6)),
+    Group(NOISE, (_FAR_SAM, _FAR_STATIC, _FAR_AHEAD), (0.0, 0.2)),
+    Group(THETA, _FAR_THETAS),
 )
 _SMALL: Sequence[Group] = (
     *_BY_WORTH,
@@ -364,6 +410,7 @@ _TRANSFERRED = tuple(
     _small(f"SAM, rho {rho:g}", "sam", {"rho": rho})
     for rho in (0.1, 0.2, 0.4, 0.3, 0.05)
 )
+_WIDER = (_EARLY, *_BEST)
 
 # As long as it takes to stop before wrong labels are learnt, of larger images.
 _BRIEF = 12
@@ -449,7 +496,11 @@ SETTINGS: Mapping[str, Setting] = {
     "wide": Setting(
         "4,096 images, twice the width",
         dataclasses.replace(_SMALL_RECIPE, widths=(64, 128, 128)),
-        (Group(TRANSFER, (SGD, *_TRANSFERRED), _AT_40),),
+        (
+            Group(TRANSFER, (SGD, *_TRANSFERRED), _AT_40),
+            Group(TRANSFER, _WIDER, _AT_40),
+            Group(TRANSFER, (SGD, *_TRANSFERRED, *_WIDER), _AT_40, seeds=5),
+        ),
     ),
     "quick": Setting(
         "256 images, an epoch: whether all of it works",

@@ -69,6 +69,11 @@ class Entry(NamedTuple):
         return np.asarray([result[name] for result in self.results])
 
 
+def best_of(entries: Sequence[Entry]) -> Entry:
+    """The one that did best on the held-out split with the first seed."""
+    return max(entries, key=lambda entry: float(entry.figures("valid")[0]))
+
+
 class Ledger:
     """A directory of runs of one recipe, and the times of their steps beside it.
 

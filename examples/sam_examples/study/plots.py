@@ -12,9 +12,8 @@ from sam_examples.reporting.figures import COLORS, MARKERS, STYLES
 from sam_examples.study.cifar10_runs import (
     PRICE,
     REWEIGHT,
-    SPARSE,
 )
-from sam_examples.study.ledger import Entry
+from sam_examples.study.ledger import Entry, best_of
 from sam_examples.study.report import Book
 
 # The epochs that a family was trained for, by the end of the label.
@@ -64,15 +63,13 @@ def sparsity(book: Book, path: Path) -> None:
     """Accuracy over sparsity, and of static masks against the time of a step."""
     figure, (left, right) = _panels(2, (9, 4.2))
     for index, kind in enumerate(("Fisher", "dynamic", "random")):
-        entries = {
-            float(e.trial["sparsity"]): e
-            for e in book.entries("small", SPARSE)
-            if e.contestant.label.startswith(f"{kind}, ")
-            and e.contestant.label.endswith(" %")
-            and "pattern" not in e.trial
-        }
+        entries: dict[float, list[Entry]] = {}
+        for entry in book.entries("small"):
+            weights = "pattern" not in entry.trial and entry.noise == 0.4
+            if entry.contestant.label.startswith(f"{kind}, ") and weights:
+                entries.setdefault(entry.trial["sparsity"], []).append(entry)
         shares = sorted(entries)
-        _errorbar(left, shares, [entries[s] for s in shares], index, kind)
+        _errorbar(left, shares, [best_of(entries[s]) for s in shares], index, kind)
     for index, name in enumerate(("SAM", "SGD"), start=3):
         _band(left, book.entry("small", 0.4, name), index, name)
     _finish(left, "Masks of weights", "Share of the weights left alone")
