@@ -310,19 +310,16 @@ _FAR_STATIC = _small(
     *grid(0.4, 0.6, 0.8, 1.2, perturb=FIRST_BLOCK),
 )
 _FAR_AHEAD = _small("Momentum-SAM, farther", "momentum_sam", *grid(5.0, 6.0, 8.0, 12.0))
+
+
+def _grown(rhos: Sequence[float], **others: Any) -> tuple[Values, ...]:
+    """Trials of RW-SAM at radii that fit its strength."""
+    return grid(*rhos, **{"strength": 1.0, **_SLOPES, **others})
+
+
 _FAR_OFF = (
     # Whose best had worse neighbours on both sides: between them.
     _small("SAM, finer", "sam", *grid(0.25, 0.15, 0.22, 0.18)),
-    _small(
-        "RW-SAM, strength 1, farther",
-        "rw_sam",
-        *grid(0.4, 0.6, 0.9, 1.3, strength=1.0, **_SLOPES),
-    ),
-    _small(
-        "RW-SAM, strength 0.3, farther",
-        "rw_sam",
-        *grid(0.4, 0.5, 0.6, 0.9, strength=0.3, **_SLOPES),
-    ),
     _FAR_AHEAD,
     _AHEAD_FIRST[1],
     _small(
@@ -343,6 +340,32 @@ _FAR_OFF = (
         "rw_sam+vasso",
         *grid(0.4, 0.6, 0.9, 1.3, strength=1.0, theta=0.4, **_SLOPES),
     ),
+    *(
+        _small(f"RW-SAM, {name}, farther", "rw_sam", *_grown(rhos, **others))
+        for name, rhos, others in (
+            ("strength 1", (0.4, 0.6, 0.9, 1.3), {}),
+            ("strength 0.3", (0.4, 0.5, 0.6, 0.9), {"strength": 0.3}),
+            ("strength 3", (0.6, 1.0, 1.6, 2.4), {"strength": 3.0}),
+            ("4 probes", (0.9, 0.6, 1.3, 0.4), {"num_probes": 4}),
+            ("differences", (0.9, 0.6, 1.3, 0.4), {"estimator": "finite_difference"}),
+        )
+    ),
+    _small("SAM, every 5th step, farther", "every", *grid(0.6, 1.0, 1.6, 2.4, k=5)),
+    _small(
+        "LookSAM-5, farthest",
+        "look_sam",
+        *grid(2.0, 3.0, 4.5, 7.0, every=5, alpha=0.1),
+    ),
+    _small(
+        "VaSSO of one pass, farther",
+        "one_pass_vasso",
+        *grid(1.0, 2.0, 4.0, 8.0, theta=0.4),
+    ),
+    _small(
+        "implicit, a quarter of the channels, farther",
+        "sam",
+        *grid(0.4, 0.6, 1.0, 1.6, implicit=0.75),
+    ),
     # At the learning rate and the weight decay that suit SGD best there.
     _small("SAM, SGD's rate", "sam", *_RADII_AT_SGD_S),
     _small(
@@ -358,11 +381,14 @@ _FAR_THETAS = tuple(
     _small(f"VaSSO, theta {theta:g}, farther", "vasso", *grid(*_FARTHER, theta=theta))
     for theta in (0.4, 0.9)
 )
-_NEAR_SAM = _small(
-    "SAM, a quarter as long, nearer",
-    "sam",
-    *grid(0.025, 0.035, 0.0125, 0.00625),
-    epochs=_EPOCHS // 4,
+_NEAR_SAMS = tuple(
+    _small(
+        f"{c.label}, nearer",
+        "sam",
+        *grid(0.025, 0.035, 0.0125, 0.00625),
+        epochs=c.epochs,
+    )
+    for c in (*_BASICS[-2:], SAM)
 )
 # What did best with 40 %, and whether it does elsewhere.
 _BEST = (_STATIC[0], *_AHEAD_FIRST)
@@ -384,7 +410,7 @@ _BY_WORTH: Sequence[Group] = (
     Group(THETA, (SAM, *_THETAS)),
     Group(REWEIGHT, (SGD, SAM, *_REWEIGHTED[:1], *_MICRO), (0.8,)),
     Group(NOISE, (_MOMENTUM_SAM, *_BEST), (0.0, 0.2, 0.4, 0.6, 0.8)),
-    Group(NOISE, (_NEAR_SAM,), (0.0, 0.2, 0.4, 0.6)),
+    Group(NOISE, _NEAR_SAMS[:1], (0.0, 0.2, 0.4, 0.6)),
     Group(NOISE, (_FAR_SAM, _FAR_STATIC, _FAR_AHEAD), (0.0, 0.2)),
     Group(THETA, _FAR_THETAS),
 )
@@ -491,7 +517,10 @@ SETTINGS: Mapping[str, Setting] = {
     "augmented": Setting(
         "4,096 images, cropped and flipped",
         dataclasses.replace(_SMALL_RECIPE, pad=1, flip=True),
-        (Group(WHEN, (*_BASICS, _sam("SAM, twice as long", 2 * _EPOCHS)), _AT_40),),
+        (
+            Group(WHEN, (*_BASICS, _sam("SAM, twice as long", 2 * _EPOCHS)), _AT_40),
+            Group(WHEN, _NEAR_SAMS, _AT_40),
+        ),
     ),
     "wide": Setting(
         "4,096 images, twice the width",

@@ -8,14 +8,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sam_examples.reporting.figures import COLORS, MARKERS, STYLES
+from sam_examples.reporting.figures import (
+    COLORS,
+    MARKERS,
+    STYLES,
+    plot_accuracy_over_time,
+)
 from sam_examples.study.cifar10_runs import (
     PRICE,
     REWEIGHT,
 )
-from sam_examples.study.ledger import Entry, best_of
+from sam_examples.study.ledger import Entry
 from sam_examples.study.report import Book
 
+_SPARSITIES = (0.5, 0.8, 0.9, 0.99)
 # The epochs that a family was trained for, by the end of the label.
 _FULL_LENGTHS = ("", ", twice as long", ", four times as long")
 _SMALL_LENGTHS = (
@@ -51,7 +57,11 @@ def price(book: Book, path: Path) -> None:
         for entry in book.entries("small", PRICE)
         if entry.contestant.label not in drawn
     ]
-    others += ["SAM, every 2nd step, farther", "Momentum-SAM, first block, farther"]
+    others += [
+        "Momentum-SAM, first block",
+        "Fisher, filters, 50 %",
+        "RW-SAM, strength 1",
+    ]
     _points(axes, book, "small", 0.4, others)
     title = "Small setting, 40 % of the labels wrong"
     _finish(axes, title, "Time of the training / SGD's of 24 epochs", log=True)
@@ -63,13 +73,9 @@ def sparsity(book: Book, path: Path) -> None:
     """Accuracy over sparsity, and of static masks against the time of a step."""
     figure, (left, right) = _panels(2, (9, 4.2))
     for index, kind in enumerate(("Fisher", "dynamic", "random")):
-        entries: dict[float, list[Entry]] = {}
-        for entry in book.entries("small"):
-            weights = "pattern" not in entry.trial and entry.noise == 0.4
-            if entry.contestant.label.startswith(f"{kind}, ") and weights:
-                entries.setdefault(entry.trial["sparsity"], []).append(entry)
-        shares = sorted(entries)
-        _errorbar(left, shares, [best_of(entries[s]) for s in shares], index, kind)
+        labels = [f"{kind}, {100 * share:g} %" for share in _SPARSITIES]
+        entries = [book.entry("small", 0.4, label) for label in labels]
+        _errorbar(left, _SPARSITIES, entries, index, kind)
     for index, name in enumerate(("SAM", "SGD"), start=3):
         _band(left, book.entry("small", 0.4, name), index, name)
     _finish(left, "Masks of weights", "Share of the weights left alone")
@@ -97,7 +103,7 @@ def micro_batches(book: Book, path: Path) -> None:
     chosen = [entries[m] for m in sizes]
     _errorbar(left, sizes, chosen, 0, "m-SAM")
     _errorbar(right, sizes, chosen, 0, "m-SAM", _covariance)
-    for index, name in enumerate(("RW-SAM, strength 0.3, farther", "SGD"), start=1):
+    for index, name in enumerate(("RW-SAM, strength 0.3", "SGD"), start=1):
         entry = book.entry("small", 0.4, name)
         _band(left, entry, index, name)
         _band(right, entry, index, name, _covariance)
@@ -107,7 +113,6 @@ def micro_batches(book: Book, path: Path) -> None:
     _finish(left, "40 % of the labels wrong", "m, images that ascend together")
     _finish(right, "Noise at the end", "m, images that ascend together")
     right.set_ylabel("Trace of the covariance of gradients")
-    right.set_yscale("log")
     left.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
@@ -129,12 +134,20 @@ def theta(book: Book, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def digits_sparse(book: Book, path: Path) -> None:
+    """Accuracy on the digits against the time of a step, of perturbed parts."""
+    found = book.digits("sparse")
+    title = "SAM along parts of a network: digits, 60 % of the labels wrong"
+    plot_accuracy_over_time(found["rows"], found["times"]["8"], title, path)
+
+
 PLOTS: Mapping[str, Callable[[Book, Path], None]] = {
     "accuracy_over_time": accuracy_over_time,
     "price": price,
     "sparsity": sparsity,
     "micro_batches": micro_batches,
     "theta": theta,
+    "digits_sparse": digits_sparse,
 }
 
 # Figures of a configuration, one of each seed.

@@ -12,6 +12,7 @@ of the key, in a line or in several. Keys are words with bars between them:
 * `front`: a row for each method, with what it is called and what it came to.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -40,6 +41,8 @@ from sam_examples.study.translation import Recipe, TranslationLedger
 from sam_examples.study.translation_runs import GROUPS
 
 _BLOCK = re.compile(r"(<!-- ([^>]*?) -->)(\n?).*?\n?(<!-- / -->)", re.DOTALL)
+# What the label of further trials of a configuration ends in.
+_FURTHER = re.compile(", (farther|farthest|finer|nearer|SGD's rate)$")
 Row = Mapping[str, str]
 
 
@@ -63,8 +66,12 @@ class Book:
 
     @functools.cache  # noqa: B019
     def entries(self, setting: str, question: str | None = None) -> list[Entry]:
-        """What is known of each configuration, see `Ledger.entries`."""
-        return self.ledger(setting).entries(question)
+        """What is known of each configuration, further trials of it included."""
+        variants: dict[tuple[str, float], list[Entry]] = {}
+        for entry in self.ledger(setting).entries():
+            variants.setdefault(_base(entry), []).append(entry)
+        asked = map(_base, self.ledger(setting).entries(question))
+        return [_merge(variants[key]) for key in dict.fromkeys(asked)]
 
     def entry(self, setting: str, noise: float, label: str) -> Entry:
         """What is known of one configuration.
@@ -101,6 +108,18 @@ class Book:
     def translation(self) -> TranslationLedger:
         """The runs that translate."""
         return TranslationLedger(self._results / "multi30k", Recipe(), GROUPS)
+
+
+def _base(entry: Entry) -> tuple[str, float]:
+    """The configuration that an entry has trials of, and the share of wrong labels."""
+    return _FURTHER.sub("", entry.contestant.label), entry.noise
+
+
+def _merge(variants: Sequence[Entry]) -> Entry:
+    """That of the best trial out of all."""
+    best, tried = best_of(variants), sum(entry.tried for entry in variants)
+    contestant = dataclasses.replace(best.contestant, label=_base(best)[0])
+    return best._replace(contestant=contestant, tried=tried)
 
 
 def render(page: str, book: Book) -> str:
@@ -275,8 +294,8 @@ class _Line(NamedTuple):
 
 _FRONT = (
     _Line("the base: SGD", "", "optax.sgd(...)", "1", "SGD"),
-    _Line("SAM", "sam", "sam(base, rho)", "2", "SAM(, finer|, SGD's rate)?"),
-    _Line("ASAM", "asam", "asam(base, rho)", "2", "ASAM(, farther)?"),
+    _Line("SAM", "sam", "sam(base, rho)", "2", "SAM"),
+    _Line("ASAM", "asam", "asam(base, rho)", "2", "ASAM"),
     _Line("VaSSO", "vasso", "vasso(base, rho, theta)", "2", "VaSSO, theta .*"),
     _Line(
         "Friendly SAM", "friendly_sam", "friendly_sam(base, rho)", "2", "Friendly SAM"
@@ -300,7 +319,7 @@ _FRONT = (
         "sparse_sam",
         "chain(perturb_only(mask), scale_to_radius(rho))",
         "1.8",
-        "static: first block.*",
+        "static: first block",
     ),
     _Line(
         "Sparse SAM, implicit",
@@ -327,21 +346,21 @@ _FRONT = (
         "Functional SAM",
     ),
     _Line(
-        "LookSAM", "look_sam", "look_sam(base, rho, every=k)", "1 + 1/k", "LookSAM.*"
+        "LookSAM", "look_sam", "look_sam(base, rho, every=k)", "1 + 1/k", "LookSAM-5"
     ),
     _Line(
         "Momentum-SAM",
         "momentum_sam",
         "momentum_sam(base, rho)",
         "1",
-        "Momentum-SAM(, farther)?",
+        "Momentum-SAM",
     ),
     _Line(
         "Momentum-SAM, first block",
         "momentum_sam",
         "chain(perturb_only(mask), follow_momentum(rho))",
         "1",
-        "Momentum-SAM, first block.*",
+        "Momentum-SAM, first block",
     ),
 )
 
