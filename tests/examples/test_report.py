@@ -57,6 +57,23 @@ def test_what_stands_between_marks_is_replaced(book):
     assert render(rendered, book) == rendered
 
 
+def test_further_trials_count_as_those_of_the_configuration(book, tmp_path):
+    record(tmp_path, "SAM, finer", 0.4, (0.5, 0.54))
+    further = Book(tmp_path)
+    entry = further.entry("small", 0.4, "SAM")
+    assert entry.tried == 2
+    assert entry.trial["rho"] == 0.25
+    np.testing.assert_array_equal(entry.figures("test"), [0.5, 0.54])
+    # Also in the tables that ask for the configuration alone.
+    rendered = render("<!-- table | small | combine | 0.4 -->\n<!-- / -->", further)
+    assert (
+        "| SAM | 24 | 2 | learning_rate 0.25, rho 0.25 | 2 | 52.0 ± 2.8 |" in rendered
+    )
+    # The best is chosen on held-out images with the first seed.
+    record(tmp_path, "SAM, farther", 0.4, (0.45, 0.9))
+    assert Book(tmp_path).entry("small", 0.4, "SAM").trial["rho"] == 0.25
+
+
 def test_times_in_turns_win_over_those_of_the_runs(book, tmp_path):
     path = ledger.times_path(tmp_path / "small")
     path.write_text(json.dumps({"over_base": {"SGD": 1.0, "SAM": 1.5}}))
