@@ -165,15 +165,17 @@ def _sam(label: str, epochs: int) -> Contestant:
 
 SGD, SAM = _sgd("SGD", _EPOCHS), _sam("SAM", _EPOCHS)
 _EARLY = _sgd("SGD, a quarter as long", _EPOCHS // 4)
-_ADAMW = Contestant(
-    "AdamW",
-    "sgd",
-    tuple(
+
+
+def _adamw(label: str, *pairs: tuple[float, float]) -> Contestant:
+    trials = tuple(
         {"learning_rate": rate, "weight_decay": decay, "base": "adamw"}
-        for rate, decay in ((1e-3, 0.01), (4e-3, 0.01), (4e-3, 0.1), (1e-2, 0.1))
-    ),
-    _EPOCHS,
-)
+        for rate, decay in pairs
+    )
+    return Contestant(label, "sgd", trials, _EPOCHS)
+
+
+_ADAMW = _adamw("AdamW", (1e-3, 0.01), (4e-3, 0.01), (4e-3, 0.1), (1e-2, 0.1))
 _BASICS = (
     SGD,
     SAM,
@@ -390,6 +392,20 @@ _NEAR_SAMS = tuple(
     )
     for c in (*_BASICS[-2:], SAM)
 )
+# The bases, whose best had been at a corner.
+_FAR_BASES = (
+    Contestant(
+        "SGD, farther",
+        "sgd",
+        (
+            *_rates(1.0, 0.25, weight_decay=5e-3),
+            *_rates(2.0, weight_decay=2e-3),
+            *_rates(0.25, weight_decay=1e-2),
+        ),
+        _EPOCHS,
+    ),
+    _adamw("AdamW, farther", (1e-2, 0.3), (2e-2, 0.1), (2e-2, 0.3), (1e-2, 1.0)),
+)
 # What did best with 40 %, and whether it does elsewhere.
 _BEST = (_STATIC[0], *_AHEAD_FIRST)
 _AT_40 = (0.4,)
@@ -410,6 +426,7 @@ _BY_WORTH: Sequence[Group] = (
     Group(THETA, (SAM, *_THETAS)),
     Group(REWEIGHT, (SGD, SAM, *_REWEIGHTED[:1], *_MICRO), (0.8,)),
     Group(NOISE, (_MOMENTUM_SAM, *_BEST), (0.0, 0.2, 0.4, 0.6, 0.8)),
+    Group(NOISE, _FAR_BASES, (0.4, 0.2, 0.0, 0.6, 0.8)),
     Group(NOISE, _NEAR_SAMS[:1], (0.0, 0.2, 0.4, 0.6)),
     Group(NOISE, (_FAR_SAM, _FAR_STATIC, _FAR_AHEAD), (0.0, 0.2)),
     Group(THETA, _FAR_THETAS),
