@@ -59,7 +59,7 @@ def price(book: Book, path: Path) -> None:
     ]
     others += [
         "Momentum-SAM, first block",
-        "Fisher, filters, 50 %",
+        "Fisher, 99 %",
         "RW-SAM, strength 1",
     ]
     _points(axes, book, "small", 0.4, others)
