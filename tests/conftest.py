@@ -8,7 +8,7 @@ import pytest
 # Compiling takes most of the tests' time, and least where LLVM does not optimise and
 # XLA emits fusions in its older way, which later versions no longer have. Without AVX2
 # no sum is fused with a product, so that two programs round alike. Read when JAX first
-# compiles; the newest versions are tested as they are, see .ci/run.
+# compiles; see .ci/run for what is tested without them.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_max_isa=AVX"]
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

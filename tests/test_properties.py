@@ -426,8 +426,14 @@ def test_a_step_of_any_chain(chain, data):
     assert program.step._cache_size() == 1
 
 
-# Pairs of links, and the longest chains: those of three have nothing that these lack.
-FEWER_CHAINS = [chain for chain in CHAINS if chain.count(" ") != 2]
+# Without those of three links that one of four has in the same order.
+WITHIN_LONGER = {
+    " ".join(links)
+    for chain in CHAINS
+    if chain.count(" ") == 3
+    for links in itertools.combinations(chain.split(), 3)
+}
+FEWER_CHAINS = [chain for chain in CHAINS if chain not in WITHIN_LONGER]
 
 
 @pytest.mark.parametrize("chain", in_default_tier(FEWER_CHAINS, SOME_CHAINS[2:4]))

@@ -17,9 +17,18 @@ TINY = [
 ]
 
 
-def test_step_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch):
-    # Each takes seconds to compile.
-    names = [measure.SGD, step_cost.HAND_WRITTEN, step_cost.CONTRIB, "optax_sam.vasso"]
+REFERENCES = [measure.SGD, step_cost.HAND_WRITTEN, step_cost.CONTRIB]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*REFERENCES, "optax_sam.vasso"],
+        pytest.param(list(step_cost.ROWS), marks=pytest.mark.full),
+    ],
+    ids=["some", "all"],
+)
+def test_step_cost_writes_and_prints_every_row(tmp_path, capsys, monkeypatch, names):
     chosen = {name: step_cost.ROWS[name] for name in names}
     monkeypatch.setattr(step_cost, "ROWS", chosen)
     path = tmp_path / "new" / "costs.json"

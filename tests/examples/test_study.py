@@ -224,6 +224,36 @@ def test_runs_that_differ_in_numbers_share_a_program(data_dir):
     assert fresh.train(other)[:3] == outcome[:3]
 
 
+def of_different_kinds():
+    """One configuration of each method, mask, base and backward of all."""
+    kinds = {}
+    for group in SETTINGS["small"].groups:
+        for contestant in group.contestants:
+            trial = contestant.grid[0]
+            words = {v for v in trial.values() if isinstance(v, (str, tuple))}
+            kind = contestant.method, frozenset(words), "implicit" in trial
+            kinds.setdefault(kind, contestant)
+    return list(kinds.values())
+
+
+def tiny_run(contestant):
+    run = contestant.run(contestant.grid[-1], 0.4, seed=1)
+    values = dict(run.hyperparameters)
+    if "micro_batch_size" in values:
+        values["micro_batch_size"] = 4
+    return dataclasses.replace(run, hyperparameters=tuple(values.items()), epochs=1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("contestant", of_different_kinds(), ids=lambda c: c.label)
+def test_every_kind_of_contestant_has_a_program(data_dir, monkeypatch, contestant):
+    # Without XLA, which takes most of the time.
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered)
+    trainer, run = make_trainer(data_dir), tiny_run(contestant)
+    trainer.compile(run)
+    assert trainer.is_compiled(run)
+
+
 # What trainings differ in beside the method, which other tests train.
 KINDS = (
     *("AdamW", "VaSSO, theta 0.4", "SAM, every 2nd step", "Functional SAM"),
@@ -237,12 +267,7 @@ KINDS = (
 def test_every_kind_of_contestant_trains(data_dir, label):
     contestants_ = (c for g in SETTINGS["small"].groups for c in g.contestants)
     contestant = next(c for c in contestants_ if c.label == label)
-    trainer = make_trainer(data_dir)
-    run = contestant.run(contestant.grid[-1], 0.4, seed=1)
-    values = dict(run.hyperparameters)
-    if "micro_batch_size" in values:
-        values["micro_batch_size"] = 4
-    run = dataclasses.replace(run, hyperparameters=tuple(values.items()), epochs=1)
+    trainer, run = make_trainer(data_dir), tiny_run(contestant)
     trainer.compile(run)
     assert np.isfinite(trainer.train(run).train_loss)
 
